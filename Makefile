@@ -1,0 +1,90 @@
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+MINOR := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+LOCK := locks/$(MINOR).txt
+PY := $(VENV)/bin/python
+# The stamp names the Python, so that another PYTHON builds the environment anew.
+LOCKED := $(VENV)/.locked-$(MINOR)
+INSTALLED := $(VENV)/.installed-$(MINOR)
+
+RUN := runs/quickstart
+BUILD := build/quickstart
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: help install quickstart test test-slow soak lint format lock clean
+
+help:
+	@echo "make install     the locked environment in $(VENV) (every target below does this first)"
+	@echo "make quickstart  tokenizer, token store, a small model and a sample of it, in minutes on a CPU"
+	@echo "make test        the fast tests"
+	@echo "make test-slow   the slow tests and those against peer libraries"
+	@echo "make soak        random kills and resumes, for as long as SOAK_MINUTES says"
+	@echo "make lint        ruff and mypy"
+	@echo "make lock        write $(LOCK) anew from pyproject.toml"
+	@echo "make clean       remove what the targets made, but for $(VENV)"
+	@echo "PYTHON=python3.12 chooses another Python (3.11 to 3.13)"
+
+install: $(INSTALLED)
+
+$(LOCK):
+	@echo "no $(LOCK): mosaicjax runs on Python 3.11 to 3.13; try: make PYTHON=python3.12" >&2; exit 2
+
+$(LOCKED): $(LOCK)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --requirement $(LOCK)
+	touch $@
+
+# The build backend is in the lock, so that nothing unlocked is fetched here.
+$(INSTALLED): pyproject.toml $(LOCKED)
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test: $(INSTALLED)
+	$(PY) -m pytest -m "not slow and not peer and not soak" -n $(WORKERS)
+
+# pytest exits with 5 when a marker selects nothing, which is no failure of this tier.
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -m "(slow or peer) and not soak" -n $(WORKERS) || test $$? -eq 5
+
+soak: $(INSTALLED)
+	$(PY) -m pytest -m soak
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# The corpus is the standard library of the Python at hand: real text that every machine already has.
+quickstart: $(INSTALLED)
+	rm -rf $(BUILD) $(RUN)
+	mkdir -p $(BUILD)
+	stdlib=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))') && \
+	$(VENV)/bin/mosaicjax data train-tokenizer "$$stdlib" --out $(BUILD)/tokenizer --vocab 4096 \
+		--exclude site-packages --exclude test --exclude idlelib && \
+	$(VENV)/bin/mosaicjax data build "$$stdlib" --out $(BUILD)/store --tokenizer $(BUILD)/tokenizer \
+		--exclude site-packages --exclude test --exclude idlelib
+	$(VENV)/bin/mosaicjax train recipes/quickstart.py --out $(RUN)
+	$(VENV)/bin/mosaicjax generate $(RUN) --prompt "def read_lines(path):"
+
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock/venv
+	build/lock/venv/bin/python -m pip install --quiet --editable '.[dev]'
+	printf '# Core and dev dependencies on Python %s: written by `make lock`, never by hand.\n' \
+		"$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')" > build/lock/lock.txt
+	build/lock/venv/bin/python -m pip freeze --exclude-editable | LC_ALL=C sort -f >> build/lock/lock.txt
+	@if grep -nE '@|://|--hash' build/lock/lock.txt; then echo "the lock names a place; see above" >&2; exit 1; fi
+	mkdir -p locks
+	mv build/lock/lock.txt $(LOCK)
+	rm -rf build/lock
+
+clean:
+	rm -rf build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
