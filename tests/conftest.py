@@ -1,0 +1,43 @@
+import os
+from pathlib import Path
+
+# jax reads these when it is first imported: they must stand before any test module does that.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+    + ["--xla_force_host_platform_device_count=8"]
+)
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile(
+    "default", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices():
+    # Tests of sharding are worth nothing on one device, and would still pass.
+    assert jax.device_count() == 8, "jax was imported before tests/conftest.py could ask for 8 CPU devices"
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """`shared_data("sotu")` is the path of a real corpus; the test is skipped where the corpora are not."""
+
+    def find(name: str) -> Path:
+        path = SHARED_DATA / name
+        if not path.exists():
+            pytest.skip(f"no corpus at ../shared/data/{name} beside the project")
+        return path
+
+    return find
