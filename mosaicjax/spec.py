@@ -1,0 +1,232 @@
+"""One declaration a weight, from which shapes, init, shardings, masks, counts and bytes follow."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mosaicjax.errors import InputError
+
+Dims = Mapping[str, int]
+Tree = Any
+DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype itself where it is wider than float32, else float32."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Which number format holds what.
+
+    `param`: weights at rest, their gradients' sum and the optimizer state. `compute`: matrix products and
+    the residual stream; weights are cast to it before they are gathered. `reduce`: softmax, norms, logits,
+    the loss, and the sum of gradients over devices.
+    """
+
+    param: DtypeName = "float32"
+    compute: DtypeName = "float32"
+    reduce: DtypeName = "float32"
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a weight starts: a normal of zero mean, or a constant. Subclasses say which.
+
+    `fan_in` names the axes that the weight's product sums over.
+    """
+
+    def draw(self, key: Array, shape: tuple[int, ...], dims: Dims) -> Array:
+        """Float32 values of `shape`; `dims` gives the sizes of the named axes."""
+        raise TypeError(f"{type(self).__name__} does not say how to draw")
+
+
+@dataclass(frozen=True)
+class Constant(Init):
+    """Every entry the same."""
+
+    value: float
+
+    def draw(self, key: Array, shape: tuple[int, ...], dims: Dims) -> Array:
+        """See `Init.draw`."""
+        return jnp.full(shape, self.value, jnp.float32)
+
+
+@dataclass(frozen=True)
+class Normal(Init):
+    """Normal of a fixed standard deviation."""
+
+    std: float
+
+    def draw(self, key: Array, shape: tuple[int, ...], dims: Dims) -> Array:
+        """See `Init.draw`."""
+        return jnp.float32(self.std) * jax.random.normal(key, shape, jnp.float32)
+
+
+@dataclass(frozen=True)
+class FanIn(Init):
+    """Normal of standard deviation `gain / sqrt(product of the sizes of axes)`.
+
+    Source: He et al. 2015, arXiv 1502.01852, eq. 10 (`gain` is sqrt(2) for rectifiers).
+    """
+
+    axes: tuple[str, ...]
+    gain: float = 1.0
+
+    def draw(self, key: Array, shape: tuple[int, ...], dims: Dims) -> Array:
+        """See `Init.draw`."""
+        fan = math.prod(dims[axis] for axis in self.axes)
+        return jnp.float32(self.gain / math.sqrt(fan)) * jax.random.normal(key, shape, jnp.float32)
+
+
+ZEROS = Constant(0.0)
+ONES = Constant(1.0)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layers a stacked weight holds: `count` of them, numbers `first`, `first + stride`, ..."""
+
+    first: int
+    stride: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Param:
+    """One weight, declared once.
+
+    `axes` names each dimension; sizes come from the model's one `dims` mapping. A weight with `layers` has
+    a leading dimension more, one slice a layer, that is never sharded.
+    """
+
+    axes: tuple[str, ...]
+    init: Init
+    decay: bool = True
+    layers: Layers | None = None
+
+    def shape(self, dims: Dims) -> tuple[int, ...]:
+        """Sizes of all dimensions, the layers' first."""
+        for axis in self.axes:
+            if axis not in dims:
+                raise InputError(f"a weight has the axis {axis!r}, which has no size", expected=sorted(dims))
+        stacked = () if self.layers is None else (self.layers.count,)
+        return stacked + tuple(dims[axis] for axis in self.axes)
+
+
+def is_param(leaf: object) -> bool:
+    """Whether a tree's node is a declared weight."""
+    return isinstance(leaf, Param)
+
+
+def join_dims(*parts: Dims) -> dict[str, int]:
+    """One mapping of axis sizes from several.
+
+    Raises:
+        InputError: one name with two sizes.
+    """
+    joined: dict[str, int] = {}
+    for part in parts:
+        for name, size in part.items():
+            if joined.setdefault(name, size) != size:
+                raise InputError(f"the axis {name!r} has two sizes", expected=joined[name], got=size)
+    return joined
+
+
+def stacked(tree: Tree, layers: Layers) -> Tree:
+    """The same weights for several layers, in one array each."""
+    return jax.tree.map(lambda param: replace(param, layers=layers), tree, is_leaf=is_param)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`blocks/0/attention/query` from a tree path."""
+    return "/".join(
+        str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path
+    )
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tree of `Param` and the sizes of their axes: everything about a model's weights but their values."""
+
+    tree: Tree
+    dims: Dims
+
+    def map(self, function: Callable[[Param], Any]) -> Tree:
+        """The tree with every declaration replaced by what `function` makes of it."""
+        return jax.tree.map(function, self.tree, is_leaf=is_param)
+
+    def items(self) -> Iterator[tuple[str, Param]]:
+        """Name and declaration of every weight, in tree order."""
+        for path, param in jax.tree_util.tree_flatten_with_path(self.tree, is_leaf=is_param)[0]:
+            yield path_name(path), param
+
+    def abstract(self, dtype: DtypeName, shardings: Tree) -> Tree:
+        """`jax.ShapeDtypeStruct` of every weight, placed as `shardings` (a tree like this one)."""
+        return jax.tree.map(
+            lambda param, sharding: jax.ShapeDtypeStruct(
+                param.shape(self.dims), jnp.dtype(dtype), sharding=sharding
+            ),
+            self.tree,
+            shardings,
+            is_leaf=is_param,
+        )
+
+    def count(self) -> int:
+        """How many numbers the weights hold."""
+        return sum(math.prod(param.shape(self.dims)) for _, param in self.items())
+
+    def nbytes(self, dtype: DtypeName) -> int:
+        """Units: bytes of all weights at rest, over all devices, each counted once."""
+        return self.count() * jnp.dtype(dtype).itemsize
+
+    def init(self, key: Array, dtype: DtypeName, shardings: Tree) -> Tree:
+        """Draw every weight straight onto its shards.
+
+        A weight's key is folded from its name without the layer and then from the layer's number: a new
+        weight changes no other, and stacked layers equal separate ones. Weights are drawn one after the
+        other, so that the work space is one weight's, never the tree's.
+        """
+        compiled: dict[Any, Callable[[Array], Array]] = {}
+
+        def draw(path: tuple[Any, ...], param: Param, place: Any) -> Array:
+            if (param, place) not in compiled:
+                compiled[param, place] = jax.jit(self.drawer(param, dtype), out_shardings=place)
+            return jax.block_until_ready(compiled[param, place](jax.random.fold_in(key, name_hash(path))))
+
+        return jax.tree_util.tree_map_with_path(draw, self.tree, shardings, is_leaf=is_param)
+
+    def drawer(self, param: Param, dtype: DtypeName) -> Callable[[Array], Array]:
+        """A function from a weight's own key to its values, layer by layer."""
+
+        def draw(key: Array) -> Array:
+            shape = param.shape(self.dims)
+            if param.layers is None:
+                return param.init.draw(key, shape, self.dims).astype(dtype)
+            numbers = param.layers.first + param.layers.stride * jnp.arange(param.layers.count)
+            return jax.lax.map(
+                lambda n: param.init.draw(jax.random.fold_in(key, n), shape[1:], self.dims).astype(dtype),
+                numbers,
+            )
+
+        return draw
+
+
+LAYER_KEY = "layer"
+
+
+def name_hash(path: tuple[Any, ...]) -> int:
+    """A weight's name as 32 bits; what stands between `layer` and the weight's place in it is left out."""
+    parts = path_name(path).split("/")
+    if LAYER_KEY in parts:
+        parts = parts[parts.index(LAYER_KEY) :]
+    return zlib.crc32("/".join(parts).encode())
