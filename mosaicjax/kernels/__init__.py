@@ -1,0 +1,1 @@
+"""Kernels, each beside the plain function that defines it."""

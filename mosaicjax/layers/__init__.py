@@ -1,0 +1,1 @@
+"""Layers: frozen dataclasses that declare their weights and apply them, purely."""

@@ -1,0 +1,47 @@
+"""One layer of a decoder: attention and MLP, each normed before and added to the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jax import Array
+
+from mosaicjax.layers.attention import Attention
+from mosaicjax.layers.context import KV, Context, dropout
+from mosaicjax.layers.inits import InitRule
+from mosaicjax.layers.mlp import Mlp
+from mosaicjax.layers.norm import LayerNorm, Norm
+
+
+@dataclass(frozen=True)
+class Block:
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each addend dropped out in training."""
+
+    attention: Attention = Attention()
+    mlp: Mlp = Mlp()
+    norm: Norm = LayerNorm(bias=False)
+    dropout: float = 0.0
+
+    def params(self, init: InitRule, layers: int) -> dict[str, Any]:
+        """Weights of one layer in a model of so many."""
+        return {
+            "attention_norm": self.norm.params(("embed",)),
+            "attention": self.attention.params(init, layers),
+            "mlp_norm": self.norm.params(("embed",)),
+            "mlp": self.mlp.params(init, layers),
+        }
+
+    def apply(
+        self, weights: dict[str, Any], x_BLD: Array, context: Context, kv: KV, layer: Array | int
+    ) -> tuple[Array, KV]:
+        """The residual stream after the layer, and the keys and values to carry on.
+
+        Shapes: x and the result [B, L, D]; weights are whole and in the compute dtype.
+        """
+        normed = self.norm.apply(weights["attention_norm"], x_BLD, context.dtypes)
+        mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
+        x_BLD = context.constrain(x_BLD + dropout(mixed, self.dropout, context, place=0))
+        normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
+        worked = self.mlp.apply(weights["mlp"], normed, context)
+        return context.constrain(x_BLD + dropout(worked, self.dropout, context, place=1)), kv

@@ -1,0 +1,116 @@
+"""What every layer is told of the rows it works on, and where keys and values are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mosaicjax.mesh import BATCH, Layout
+from mosaicjax.spec import Dtypes
+
+
+@dataclass(frozen=True)
+class Context:
+    """One call's rows and surroundings, the same for all layers.
+
+    `keys_B` holds one key a row and is None where nothing is dropped (evaluation, generation): randomness
+    belongs to the row, so that neither the mesh nor the microbatch changes it.
+
+    Shapes: `positions_BL` and `segments_BL` [B or 1, L]; segments None means one segment without padding.
+    """
+
+    layout: Layout
+    dtypes: Dtypes
+    positions_BL: Array
+    segments_BL: Array | None = None
+    keys_B: Array | None = None
+
+    def for_layer(self, index: Array | int) -> Context:
+        """This context with the rows' keys made the layer's own; the embedding is 0, layers count from 1."""
+        if self.keys_B is None:
+            return self
+        return replace(self, keys_B=jax.vmap(lambda key: jax.random.fold_in(key, index))(self.keys_B))
+
+    def lengths(self, segments_BT: Array | None) -> Array:
+        """How long each of these segments is by now, as far as the context's positions go.
+
+        Shapes: [B or 1, T], or [B or 1, 1] where all is one segment.
+        """
+        if segments_BT is None or self.segments_BL is None:
+            return jnp.max(self.positions_BL, axis=1, keepdims=True) + 1
+        same_BTL = segments_BT[:, :, None] == self.segments_BL[:, None, :]
+        return jnp.max(jnp.where(same_BTL, self.positions_BL[:, None, :], 0), axis=2) + 1
+
+    def constrain(self, x_BLD: Array) -> Array:
+        """Keep the residual stream split by rows."""
+        return self.layout.constrain(x_BLD, BATCH, *(None,) * (x_BLD.ndim - 1))
+
+
+def dropout(x_BLD: Array, rate: float, context: Context, place: int) -> Array:
+    """Zero a share `rate` of the entries and scale up the others; nothing where the context has no keys.
+
+    `place` tells the dropouts of one layer apart.
+    """
+    if rate == 0.0 or context.keys_B is None:
+        return x_BLD
+
+    def keep(key: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - rate, x_BLD.shape[1:])
+
+    scale = jnp.asarray(1.0 / (1.0 - rate), x_BLD.dtype)
+    return jnp.where(jax.vmap(keep)(context.keys_B), x_BLD * scale, jnp.zeros_like(x_BLD))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Keys and values to attend to, with where they stand.
+
+    Shapes: k and v [B, T, K, C]; positions and segments [B or 1, T].
+    """
+
+    k_BTKC: Array
+    v_BTKC: Array
+    positions_BT: Array
+    segments_BT: Array | None
+
+
+class KV(Protocol):
+    """Where attention puts keys and values, and from where it reads them back."""
+
+    def append(self, layer: Array | int, k_BLKC: Array, v_BLKC: Array, context: Context) -> Self:
+        """Add a layer's keys and values of the context's rows."""
+        ...
+
+    def view(self, layer: Array | int, context: Context) -> Held:
+        """All that the layer's queries may look at."""
+        ...
+
+    def carried(self) -> Self:
+        """What goes on to the next layer."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowOnly:
+    """Training's `KV`: a row looks at itself, and nothing is kept."""
+
+    k_BLKC: Array | None = None
+    v_BLKC: Array | None = None
+
+    def append(self, layer: Array | int, k_BLKC: Array, v_BLKC: Array, context: Context) -> RowOnly:
+        """See `KV.append`."""
+        return RowOnly(k_BLKC, v_BLKC)
+
+    def view(self, layer: Array | int, context: Context) -> Held:
+        """See `KV.view`."""
+        assert self.k_BLKC is not None and self.v_BLKC is not None, "append comes before view"
+        return Held(self.k_BLKC, self.v_BLKC, context.positions_BL, context.segments_BL)
+
+    def carried(self) -> RowOnly:
+        """See `KV.carried`."""
+        return RowOnly()

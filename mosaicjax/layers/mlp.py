@@ -1,0 +1,98 @@
+"""The part of a block that works on each position alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from mosaicjax.layers.context import Context
+from mosaicjax.layers.inits import InitRule
+from mosaicjax.layers.norm import spread
+from mosaicjax.mesh import BATCH
+from mosaicjax.spec import ZEROS, Param
+
+
+class Activation(Enum):
+    """The nonlinearity between the matrices."""
+
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    SILU = "silu"
+    RELU = "relu"
+    SIGMOID = "sigmoid"
+
+    def apply(self, x: Array) -> Array:
+        """Elementwise; GELU is exact (by erf), GELU_TANH its tanh approximation."""
+        match self:
+            case Activation.GELU:
+                return jax.nn.gelu(x, approximate=False)
+            case Activation.GELU_TANH:
+                return jax.nn.gelu(x, approximate=True)
+            case Activation.SILU:
+                return jax.nn.silu(x)
+            case Activation.RELU:
+                return jax.nn.relu(x)
+            case Activation.SIGMOID:
+                return jax.nn.sigmoid(x)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Up to the `mlp` dim, nonlinearity, down again."""
+
+    activation: Activation = Activation.GELU
+    bias: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the matrices that read the residual stream."""
+        return ("up",)
+
+    def params(self, init: InitRule, layers: int) -> dict[str, Any]:
+        """Weights of one layer in a model of so many."""
+        tree = {name: Param(("embed", "mlp"), init.matrix(("embed",))) for name in self.inputs}
+        tree["down"] = Param(("mlp", "embed"), init.residual(("mlp",), layers))
+        if self.bias:
+            tree |= {f"{name}_bias": Param(("mlp",), ZEROS, decay=False) for name in self.inputs}
+            tree["down_bias"] = Param(("embed",), ZEROS, decay=False)
+        return tree
+
+    def apply(self, weights: dict[str, Any], x_BLD: Array, context: Context) -> Array:
+        """Shapes: x and the result [B, L, D]."""
+        hidden_BLF = self.combine({name: self.read(name, weights, x_BLD, context) for name in self.inputs})
+        out_BLD = jnp.einsum("BLF,FD->BLD", hidden_BLF, weights["down"])
+        return out_BLD + spread(weights["down_bias"], out_BLD) if self.bias else out_BLD
+
+    def read(self, name: str, weights: dict[str, Any], x_BLD: Array, context: Context) -> Array:
+        """One matrix's view of the residual stream, [B, L, F]."""
+        y_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, weights[name])
+        if self.bias:
+            y_BLF = y_BLF + spread(weights[f"{name}_bias"], y_BLF)
+        return context.layout.constrain(checkpoint_name(y_BLF, "mlp"), BATCH, None, "mlp")
+
+    def combine(self, read: dict[str, Array]) -> Array:
+        """The hidden layer from what the input matrices gave."""
+        return self.activation.apply(read["up"])
+
+
+@dataclass(frozen=True)
+class Glu(Mlp):
+    """The nonlinearity of one matrix's view gates another's.
+
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """See `Mlp.inputs`."""
+        return ("gate", "up")
+
+    def combine(self, read: dict[str, Array]) -> Array:
+        """See `Mlp.combine`."""
+        return self.activation.apply(read["gate"]) * read["up"]

@@ -1,0 +1,272 @@
+"""The decoder that every family shares: embed, scan over blocks, norm, logits; a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mosaicjax.errors import InputError
+from mosaicjax.layers.block import Block
+from mosaicjax.layers.context import KV, Context, RowOnly, dropout
+from mosaicjax.layers.inits import InitRule, Kaiming
+from mosaicjax.layers.norm import LayerNorm, Norm
+from mosaicjax.layers.position import Position
+from mosaicjax.mesh import BATCH, gather_tree
+from mosaicjax.spec import LAYER_KEY, Dims, Layers, Param, Spec, at_least_float32, stacked
+
+
+class Remat(Enum):
+    """What the backward pass keeps of a layer, and what it computes again.
+
+    NONE keeps all, FULL only each layer's input; DOTS keeps matrix products with weights, QKV and ATTENTION
+    the projections or attention's output alone, both named in the layers.
+    """
+
+    NONE = "none"
+    FULL = "full"
+    DOTS = "dots"
+    QKV = "qkv"
+    ATTENTION = "attention"
+
+    def wrap(self, function: Any) -> Any:
+        """The function under this policy."""
+        policies = jax.checkpoint_policies
+        match self:
+            case Remat.NONE:
+                return function
+            case Remat.FULL:
+                return jax.checkpoint(function, prevent_cse=False)
+            case Remat.DOTS:
+                policy = policies.dots_with_no_batch_dims_saveable
+            case Remat.QKV | Remat.ATTENTION:
+                policy = policies.save_only_these_names(self.value)
+        return jax.checkpoint(function, prevent_cse=False, policy=policy)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`repeat` times the blocks of `block`, in turn; compiled once a block, whatever the repeat."""
+
+    block: tuple[Block, ...]
+    repeat: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers it is."""
+        return len(self.block) * self.repeat
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives.
+
+    Shapes: `hidden_BLD` after the final norm; `rms_N` the root mean square of each layer's output, and
+    `embed_rms` of the embeddings, where asked for.
+    """
+
+    hidden_BLD: Array
+    kv: tuple[KV, ...]
+    embed_rms: Array | None = None
+    rms_N: Array | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder-only transformer.
+
+    `stacks` run one after the other (a dense first layer is a stack of its own). `logit_scale` 1 and
+    `softcap` 0 leave the logits alone; `embedding_fraction` below 1 lets only that share of the gradient
+    reach the embeddings; `tied` reads logits off the embedding table.
+
+    Source: llm-foundry `MPTConfig` for the knobs; GLM-130B section 2.2 for `embedding_fraction`.
+    """
+
+    dims: Dims
+    stacks: tuple[Stack, ...]
+    norm: Norm = LayerNorm(bias=False)
+    position: Position = Position()
+    init: InitRule = Kaiming()
+    tied: bool = True
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+    embedding_fraction: float = 1.0
+    embed_dropout: float = 0.0
+    remat: Remat = Remat.NONE
+
+    @property
+    def layers(self) -> int:
+        """How many layers there are."""
+        return sum(stack.layers for stack in self.stacks)
+
+    def blocks(self) -> Iterator[tuple[int, int, Block, Layers]]:
+        """Stack number, place in it, block, and the layers that it stands for."""
+        first = 0
+        for s, stack in enumerate(self.stacks):
+            for b, block in enumerate(stack.block):
+                yield s, b, block, Layers(first + b, len(stack.block), stack.repeat)
+            first += stack.layers
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped out in training."""
+        return self.embed_dropout > 0 or any(block.dropout > 0 for _, _, block, _ in self.blocks())
+
+    def spec(self) -> Spec:
+        """Every weight, declared once."""
+        table = Param(("vocab", "embed"), self.init.embedding())
+        tree: dict[str, Any] = {
+            "embed": {"tokens": table, **self.position.params(self.init.embedding())},
+            "stacks": [[{} for _ in stack.block] for stack in self.stacks],
+            "norm": self.norm.params(("embed",)),
+        }
+        for s, b, block, layers in self.blocks():
+            tree["stacks"][s][b] = {LAYER_KEY: stacked(block.params(self.init, self.layers), layers)}
+        if not self.tied:
+            tree["head"] = Param(("vocab", "embed"), self.init.matrix(("embed",)))
+        return Spec(tree, self.dims)
+
+    def check(self, length: int) -> None:
+        """Refuse sizes and knobs that cannot be.
+
+        Raises:
+            InputError: with the knob, expected and got.
+        """
+        for name, size in self.dims.items():
+            if size < 1:
+                raise InputError(f"model size {name!r}", expected="1 or more", got=size)
+        if self.layers < 1 or any(stack.layers < 1 for stack in self.stacks):
+            raise InputError("layers", expected="1 or more", got=[stack.layers for stack in self.stacks])
+        for _, _, block, _ in self.blocks():
+            block.attention.check(self.dims, length)
+            block.norm.check()
+            if not 0 <= block.dropout < 1:
+                raise InputError("residual dropout", expected="0 to below 1", got=block.dropout)
+        self.norm.check()
+        self.position.check(length, self.dims["head_dim"])
+        if not 0 < self.embedding_fraction <= 1:
+            raise InputError("embedding_fraction", expected="above 0, at most 1", got=self.embedding_fraction)
+        if not 0 <= self.embed_dropout < 1:
+            raise InputError("embed_dropout", expected="0 to below 1", got=self.embed_dropout)
+        if self.softcap < 0:
+            raise InputError("softcap of the logits", expected="0 (none) or more", got=self.softcap)
+        if self.logit_scale <= 0:
+            raise InputError("logit_scale", expected="above 0", got=self.logit_scale)
+
+    def embed(self, weights: Any, tokens_BL: Array, context: Context) -> Array:
+        """Tokens as the first state of the residual stream, [B, L, D]."""
+        table = gather_tree(weights["embed"], self.spec().tree["embed"], context.layout, context.dtypes)
+        # Its transpose keeps the scatter of gradients whole along embed; else the compiler would split that
+        # dim first, and for it copy the residual stream's gradient to every device.
+        tokens_VD = context.layout.constrain(table["tokens"], "vocab", None)
+        x_BLD = jnp.take(tokens_VD, tokens_BL, axis=0, mode="clip")
+        x_BLD = self.position.embed(table, x_BLD, context.positions_BL)
+        if self.embedding_fraction != 1.0:
+            share = self.embedding_fraction
+            x_BLD = x_BLD * share + jax.lax.stop_gradient(x_BLD) * (1.0 - share)
+        return context.constrain(dropout(x_BLD, self.embed_dropout, context.for_layer(0), place=0))
+
+    def hidden(
+        self,
+        weights: Any,
+        x_BLD: Array,
+        context: Context,
+        kv: tuple[KV, ...] | None = None,
+        measure: bool = False,
+    ) -> Output:
+        """The residual stream after every layer and the final norm.
+
+        `kv` holds one `KV` a block of `blocks()`, whose layers are numbered from 0 within it; None trains.
+
+        Shapes: x [B, L, D], already embedded.
+        """
+        embed_rms = _rms(x_BLD) if measure else None
+        kept: list[KV] = list(kv) if kv is not None else []
+        rms: list[Array] = []
+        done, first = 0, 0
+        tree = self.spec().tree
+        for s, stack in enumerate(self.stacks):
+            mine = (
+                tuple(kept[done : done + len(stack.block)]) if kv else tuple(RowOnly() for _ in stack.block)
+            )
+            x_BLD, mine, measured = self._run(
+                stack, tree["stacks"][s], weights["stacks"][s], x_BLD, context, mine, first, measure
+            )
+            kept[done : done + len(stack.block)] = mine
+            done, first = done + len(stack.block), first + stack.layers
+            rms.append(measured)
+        norm = gather_tree(weights["norm"], tree["norm"], context.layout, context.dtypes)
+        x_BLD = self.norm.apply(norm, x_BLD, context.dtypes)
+        return Output(x_BLD, tuple(kept), embed_rms, jnp.concatenate(rms) if measure else None)
+
+    def _run(
+        self,
+        stack: Stack,
+        params: Any,
+        weights: Any,
+        x_BLD: Array,
+        context: Context,
+        kv: tuple[KV, ...],
+        first: int,
+        measure: bool,
+    ) -> tuple[Array, tuple[KV, ...], Array]:
+        """One stack, scanned over its repeats; measured RMS is [layers] or empty."""
+
+        def repeat(carry: tuple[Array, tuple[KV, ...]], at: tuple[Any, Array]) -> tuple[Any, Array]:
+            x_BLD, kv = carry
+            slices, turn = at
+            carried, rms = [], []
+            for b, block in enumerate(stack.block):
+                with jax.named_scope(f"block{b}"):
+                    whole = gather_tree(
+                        slices[b][LAYER_KEY], params[b][LAYER_KEY], context.layout, context.dtypes
+                    )
+                    mine = context.for_layer(1 + first + turn * len(stack.block) + b)
+                    x_BLD, held = block.apply(whole, x_BLD, mine, kv[b], turn)
+                carried.append(held)
+                rms.append(_rms(x_BLD) if measure else jnp.zeros((0,)))
+            return (x_BLD, tuple(carried)), jnp.stack(rms)
+
+        (x_BLD, kv), rms = jax.lax.scan(
+            self.remat.wrap(repeat), (x_BLD, kv), (weights, jnp.arange(stack.repeat))
+        )
+        return x_BLD, kv, rms.reshape(-1)
+
+    def head(self, weights: Any, context: Context) -> Array:
+        """The matrix that reads logits off the residual stream, whole, [V, D]."""
+        tree = self.spec().tree
+        if self.tied:
+            param, weight = tree["embed"]["tokens"], weights["embed"]["tokens"]
+        else:
+            param, weight = tree["head"], weights["head"]
+        whole: Array = gather_tree(weight, param, context.layout, context.dtypes)
+        return whole
+
+    def logits(self, head_VD: Array, hidden_BLD: Array, context: Context) -> Array:
+        """Scores of the next token, [B, L, V], in the reduce dtype."""
+        logits_BLV = jnp.einsum(
+            "BLD,VD->BLV", hidden_BLD, head_VD, preferred_element_type=jnp.dtype(context.dtypes.reduce)
+        )
+        if self.logit_scale != 1.0:
+            logits_BLV = logits_BLV * self.logit_scale
+        if self.softcap:
+            logits_BLV = self.softcap * jnp.tanh(logits_BLV / self.softcap)
+        return context.layout.constrain(logits_BLV, BATCH, None, "vocab")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's sizes and choices, as a recipe gives them; each family file subclasses it."""
+
+    def build(self) -> Decoder:
+        """The decoder that they describe."""
+        raise TypeError(f"{type(self).__name__} does not say how to build its decoder")
+
+
+def _rms(x: Array) -> Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(at_least_float32(x.dtype)))))
