@@ -1,0 +1,207 @@
+"""Optimizers and learning-rate schedules as dataclasses over optax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from mosaicjax.errors import InputError
+from mosaicjax.spec import Spec
+
+Rate = Callable[[ArrayLike], ArrayLike]
+"""Learning rate of a step; the first step is 0."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A constant learning rate after `warmup` steps of linear growth; the parent of the others.
+
+    The first step's rate is peak / warmup, the last warm-up step's is the peak.
+    """
+
+    peak: float = 6e-4
+    warmup: int = 0
+
+    def after(self, done: ArrayLike, rest: int) -> ArrayLike:
+        """The share of the peak, `done` steps after the warm-up, of `rest` in all."""
+        return jnp.ones_like(jnp.asarray(done, jnp.float32))
+
+    def build(self, steps: int) -> Rate:
+        """The rate of each step of a run of so many.
+
+        A run that is shorter than the warm-up ends within it.
+
+        Raises:
+            InputError: a rate or a warm-up that cannot be.
+        """
+        if self.warmup < 0 or self.peak <= 0:
+            raise InputError(
+                "learning rate",
+                expected="a peak above 0 and a warm-up of 0 or more steps",
+                got=f"peak {self.peak:g}, warmup {self.warmup}",
+            )
+
+        def rate(step: ArrayLike) -> ArrayLike:
+            count = jnp.asarray(step, jnp.float32)
+            grown = jnp.minimum((count + 1.0) / max(self.warmup, 1), 1.0)
+            share = self.after(jnp.maximum(count - self.warmup, 0.0), max(steps - self.warmup, 1))
+            return jnp.float32(self.peak) * jnp.where(count < self.warmup, grown, share)
+
+        return rate
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The peak, held."""
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine from the peak to `final` of it.
+
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983.
+    """
+
+    final: float = 0.1
+
+    def after(self, done: ArrayLike, rest: int) -> ArrayLike:
+        """See `Schedule.after`."""
+        part = jnp.minimum(jnp.asarray(done) / rest, 1.0)
+        return self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(jnp.pi * part))
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """A straight line from the peak to `final` of it."""
+
+    final: float = 0.0
+
+    def after(self, done: ArrayLike, rest: int) -> ArrayLike:
+        """See `Schedule.after`."""
+        return 1.0 - (1.0 - self.final) * jnp.minimum(jnp.asarray(done) / rest, 1.0)
+
+
+@dataclass(frozen=True)
+class Wsd(Schedule):
+    """Warm-up, stable, decay: the peak, then over the last `decay` steps a line to `final` of it.
+
+    Source: Hu et al. 2024 (MiniCPM), arXiv 2404.06395.
+    """
+
+    decay: int = 0
+    final: float = 0.0
+
+    def build(self, steps: int) -> Rate:
+        """See `Schedule.build`; the decay must fit behind the warm-up."""
+        if not 0 <= self.decay <= steps - self.warmup:
+            raise InputError(
+                "WSD decay",
+                expected=f"0 to {steps - self.warmup} steps (those after the warm-up)",
+                got=self.decay,
+            )
+        return super().build(steps)
+
+    def after(self, done: ArrayLike, rest: int) -> ArrayLike:
+        """See `Schedule.after`."""
+        into = jnp.maximum(jnp.asarray(done) - (rest - self.decay), 0.0)
+        return 1.0 - (1.0 - self.final) * jnp.minimum(into / max(self.decay, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class InverseSqrt(Schedule):
+    """The peak times sqrt(warmup / step), then over the last `cooldown` steps a line to zero.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 5.3; the cool-down is llm-foundry's.
+    """
+
+    cooldown: int = 0
+
+    def after(self, done: ArrayLike, rest: int) -> ArrayLike:
+        """See `Schedule.after`."""
+        timescale = float(max(self.warmup, 1))
+        done = jnp.asarray(done)
+        fall = jnp.sqrt(timescale / (jnp.minimum(done, rest - self.cooldown) + timescale))
+        into = jnp.maximum(done - (rest - self.cooldown), 0.0)
+        return fall * (1.0 - jnp.minimum(into / max(self.cooldown, 1), 1.0))
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What turns gradients into updates; `lr` is its schedule."""
+
+    lr: Schedule = Cosine()
+
+    def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
+        """The transformation for these weights and a run of so many steps."""
+        raise TypeError(f"{type(self).__name__} does not say how to build itself")
+
+    def decay_share(self, weight_decay: float) -> float:
+        """optax's decay for ours: a step at the peak rate takes `weight_decay` of a weight."""
+        return weight_decay / self.lr.peak
+
+
+@dataclass(frozen=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay.
+
+    `weight_decay` is the share of a weight that a step at the peak rate takes away (Composer's
+    `DecoupledAdamW`), not a factor of the learning rate (optax's, PyTorch's): the same as theirs is
+    `weight_decay / peak`. Norms and biases are not decayed.
+
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+    def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
+        """See `Optimizer.build`."""
+        _check_betas(self.b1, self.b2)
+        return optax.adamw(
+            self.lr.build(steps),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            mu_dtype=jnp.dtype(self.momentum_dtype),
+            weight_decay=self.decay_share(self.weight_decay),
+            mask=spec.map(lambda param: param.decay),
+        )
+
+
+@dataclass(frozen=True)
+class Lion(Optimizer):
+    """The sign of a momentum, with decoupled weight decay as in `AdamW` (Composer's `DecoupledLionW`).
+
+    Source: Chen et al. 2023, arXiv 2302.06675.
+    """
+
+    lr: Schedule = Cosine(peak=1e-4)
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    momentum_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+    def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
+        """See `Optimizer.build`."""
+        _check_betas(self.b1, self.b2)
+        return optax.lion(
+            self.lr.build(steps),
+            b1=self.b1,
+            b2=self.b2,
+            mu_dtype=jnp.dtype(self.momentum_dtype),
+            weight_decay=self.decay_share(self.weight_decay),
+            mask=spec.map(lambda param: param.decay),
+        )
+
+
+def _check_betas(b1: float, b2: float) -> None:
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):
+        raise InputError("optimizer b1 and b2", expected="0 to below 1", got=(b1, b2))
