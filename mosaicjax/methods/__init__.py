@@ -1,0 +1,1 @@
+"""Efficiency methods: pure maps from a program to a program, one a file."""

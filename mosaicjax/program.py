@@ -1,0 +1,158 @@
+"""What a train step is made of, and how a method makes another of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mosaicjax.errors import InputError
+from mosaicjax.layers.context import Context
+from mosaicjax.losses import CrossEntropy, TokenLoss
+from mosaicjax.mesh import Layout
+from mosaicjax.models.decoder import Decoder
+from mosaicjax.optim import Rate
+from mosaicjax.spec import Dtypes, Spec
+
+Batch = Mapping[str, Array]
+"""`tokens`, `targets`, `weights` [B, L]; `row` [B], each row's number in the global batch; packed rows also
+have `segments` and `positions` [B, L]."""
+
+
+class Loss(Protocol):
+    """A loss over one microbatch, or over one shard of it.
+
+    Returns the weighted sum to differentiate, the sum of weights, metrics as weighted sums (the step divides
+    them by the weight), and the program's state.
+    """
+
+    def __call__(
+        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
+    ) -> tuple[Array, Array, dict[str, Array], Any]:
+        """The sums of this microbatch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A static part of a run: its batches' shape, compiled once.
+
+    Units: `batch` and `microbatch` in rows of all devices, `seq` in target tokens a row.
+    """
+
+    seq: int
+    batch: int
+    microbatch: int
+
+    @property
+    def microbatches(self) -> int:
+        """How many a step takes; the last may hold rows of weight 0."""
+        return -(-self.batch // self.microbatch)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a train step is made of. A method maps one to another.
+
+    `frozen` weights are an argument of the step, never part of it. `state` is what a loss carries from step
+    to step. `applied` names the methods so far.
+    """
+
+    trainable: Spec
+    frozen: Spec
+    state: Any
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    rate: Rate
+    phase: Phase
+    dtypes: Dtypes
+    applied: tuple[str, ...] = ()
+
+    def refine(self, method: object, **changes: Any) -> Program:
+        """This program with changes, and the method that made them on record.
+
+        Raises:
+            InputError: the same method twice.
+        """
+        name = type(method).__name__
+        if name in self.applied:
+            raise InputError(f"the method {name} is listed twice", got=" then ".join((*self.applied, name)))
+        return replace(self, applied=(*self.applied, name), **changes)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An efficiency method: a pure map from a program to another. Each is a file of `methods/`."""
+
+    def __call__(self, program: Program) -> Program:
+        """The program with the method in it."""
+        raise TypeError(f"{type(self).__name__} does not say what it does")
+
+
+@dataclass(frozen=True)
+class DecoderLoss:
+    """The loss of a decoder on rows of tokens.
+
+    `packed` rows bring segments and positions; others are one segment from position 0. With `measure` the
+    metrics hold the root mean square of every layer's output.
+    """
+
+    decoder: Decoder
+    loss: CrossEntropy
+    dtypes: Dtypes
+    packed: bool = False
+    measure: bool = False
+
+    def __call__(
+        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
+    ) -> tuple[Array, Array, dict[str, Array], Any]:
+        """See `Loss`."""
+        keys_B = (
+            jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["row"]) if self.decoder.drops else None
+        )
+        context = self.context(batch, layout, keys_B)
+        x_BLD = self.decoder.embed(trainable, batch["tokens"], context)
+        output = self.decoder.hidden(trainable, x_BLD, context, measure=self.measure)
+        terms = self.terms(trainable, output.hidden_BLD, batch, context)
+        weight = jnp.sum(batch["weights"].astype(terms.nll.dtype))
+        metrics = {"loss": terms.nll}
+        if self.loss.z_loss:
+            metrics["z_loss"] = self.loss.z_loss * terms.square_lse
+        if self.measure:
+            assert output.embed_rms is not None and output.rms_N is not None
+            measured = jnp.concatenate([output.embed_rms[None], output.rms_N])
+            metrics["activation_rms"] = jax.lax.stop_gradient(measured).astype(weight.dtype) * weight
+        return terms.objective, weight, metrics, state
+
+    def context(self, batch: Batch, layout: Layout, keys_B: Array | None = None) -> Context:
+        """What the layers are told of these rows."""
+        if self.packed:
+            return Context(layout, self.dtypes, batch["positions"], batch["segments"], keys_B)
+        positions_BL = jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)[None]
+        return Context(layout, self.dtypes, positions_BL, None, keys_B)
+
+    def terms(self, weights: Any, hidden_BLD: Array, batch: Batch, context: Context) -> TokenLoss:
+        """The loss of all positions, `loss.chunk` of them at a time."""
+        head_VD = self.decoder.head(weights, context)
+
+        def some(hidden_BLD: Array, targets_BL: Array, weights_BL: Array) -> TokenLoss:
+            logits_BLV = self.decoder.logits(head_VD, hidden_BLD, context)
+            return self.loss.tokens(logits_BLV, targets_BL, weights_BL)
+
+        rows = (hidden_BLD, batch["targets"], batch["weights"])
+        if not self.loss.chunk:
+            return some(*rows)
+        cut = [jnp.moveaxis(x.reshape(x.shape[0], -1, self.loss.chunk, *x.shape[2:]), 1, 0) for x in rows]
+        parts = jax.lax.map(
+            jax.checkpoint(lambda part: _as_tuple(some(*part)), prevent_cse=False), tuple(cut)
+        )
+        return TokenLoss(*(jnp.sum(part) for part in parts))
+
+
+def _as_tuple(terms: TokenLoss) -> tuple[Array, Array, Array]:
+    return terms.objective, terms.nll, terms.square_lse

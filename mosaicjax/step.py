@@ -1,0 +1,289 @@
+"""The one train step, that both the loop and a planner compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mosaicjax.errors import InputError
+from mosaicjax.mesh import BATCH, Layout, shardings
+from mosaicjax.program import Batch, Loss, Phase, Program
+from mosaicjax.spec import Param, Spec, Tree, at_least_float32, is_param, path_name
+
+Sums = tuple[Array, Array, dict[str, Array], Any]
+"""Weighted objective, weight, weighted metrics, program state."""
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes, and a checkpoint holds.
+
+    `step` counts the steps done; it is also the number of the next one, from 0.
+    """
+
+    step: Any
+    trainable: Any
+    optimizer: Any
+    program: Any
+
+
+@struct.dataclass
+class Signals:
+    """What passes through a step beside the state.
+
+    `halted`: a loss or gradient was not finite at an earlier step; nothing is changed any more. `stop`, one
+    flag a device: 1 where a process wants all to stop, 2 where it cannot go on.
+    """
+
+    halted: Any
+    stop: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program on a layout, ready to be compiled.
+
+    `measure` adds each layer's norms of gradients and updates to the metrics.
+    """
+
+    program: Program
+    layout: Layout
+    seed: int
+    measure: bool = False
+
+    def __post_init__(self) -> None:
+        self.layout.check(self.program.trainable)
+        self.layout.check(self.program.frozen)
+        check_batch(self.program.phase, self.layout)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and places of the state, with nothing allocated."""
+        program, layout = self.program, self.layout
+        trainable = program.trainable.abstract(program.dtypes.param, shardings(program.trainable, layout))
+        everywhere = NamedSharding(layout.mesh, P())
+
+        def copied(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+        optimizer = jax.tree.map(copied, jax.eval_shape(program.optimizer.init, trainable))
+        optimizer = optax.tree_map_params(
+            program.optimizer,
+            lambda leaf, weight: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding),
+            optimizer,
+            trainable,
+        )
+        state = jax.tree.map(copied, jax.eval_shape(lambda: program.state))
+        return TrainState(copied(jax.ShapeDtypeStruct((), jnp.int32)), trainable, optimizer, state)
+
+    def init(self) -> TrainState:
+        """The state before the first step, drawn from the seed straight onto its shards."""
+        program = self.program
+        trainable = program.trainable.init(
+            jax.random.key(self.seed), program.dtypes.param, shardings(program.trainable, self.layout)
+        )
+        return self.start(trainable)
+
+    def start(self, trainable: Any) -> TrainState:
+        """The state before the first step, from given weights."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        optimizer = jax.jit(self.program.optimizer.init, out_shardings=places.optimizer)(trainable)
+        state = jax.jit(lambda: self.program.state, out_shardings=places.program)()
+        step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=places.step)()
+        return TrainState(step, trainable, optimizer, state)
+
+    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any, tuple[str | None, ...]]]:
+        """Shape, dtype and named dims of each array of a batch: [microbatches, rows, ...]."""
+        phase = self.program.phase
+        rows = (phase.microbatches, phase.microbatch)
+        names: tuple[str | None, ...] = (None, BATCH)
+        names_token = (*names, None)
+        shapes: dict[str, tuple[tuple[int, ...], Any, tuple[str | None, ...]]] = {
+            "row": (rows, jnp.int32, names)
+        }
+        integers = ("tokens", "targets") + (("segments", "positions") if self.packed else ())
+        for name in integers:
+            shapes[name] = ((*rows, phase.seq), jnp.int32, names_token)
+        shapes["weights"] = ((*rows, phase.seq), jnp.float32, names_token)
+        return shapes
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows bring segments and positions."""
+        return bool(getattr(self.program.loss, "packed", False))
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and places of a batch."""
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.layout.sharding(*names))
+            for name, (shape, dtype, names) in self.batch_shapes().items()
+        }
+
+    def abstract_signals(self) -> Signals:
+        """Shapes and places of the signals."""
+        everywhere = NamedSharding(self.layout.mesh, P())
+        each = NamedSharding(self.layout.mesh, P(self.layout.mesh.axis_names))
+        return Signals(
+            jax.ShapeDtypeStruct((), jnp.bool_, sharding=everywhere),
+            jax.ShapeDtypeStruct((self.layout.mesh.size,), jnp.int32, sharding=each),
+        )
+
+    def abstract_frozen(self) -> Any:
+        """Shapes and places of the frozen weights."""
+        frozen = self.program.frozen
+        return frozen.abstract(self.program.dtypes.param, shardings(frozen, self.layout))
+
+    def lower(self) -> Any:
+        """The step, lowered for the layout's devices; `.compile()` gives what the loop calls.
+
+        Its arguments are state (donated), frozen weights, batch and signals; it returns the new state, the
+        signals' `halted`, and the metrics.
+        """
+        state, signals = self.abstract_state(), self.abstract_signals()
+        everywhere = NamedSharding(self.layout.mesh, P())
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = jax.jit(self.__call__, donate_argnums=(0,), out_shardings=(places, everywhere, everywhere))
+        return step.lower(state, self.abstract_frozen(), self.abstract_batch(), signals)
+
+    def __call__(
+        self, state: TrainState, frozen: Any, batch: Batch, signals: Signals
+    ) -> tuple[TrainState, Array, dict[str, Array]]:
+        """One step, as a pure function."""
+        program = self.program
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        with jax.named_scope("gradients"):
+            grads, (_, weight, sums, program_state) = self.gradients(
+                state.trainable, frozen, state.program, batch, key
+            )
+        share = 1.0 / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        grads = jax.tree.map(lambda grad: grad * share.astype(grad.dtype), grads)
+        metrics = {name: value * share.astype(value.dtype) for name, value in sums.items()}
+        metrics |= {
+            "tokens": weight,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(program.rate(state.step)),
+        }
+        fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & ~signals.halted
+        # optax raises Python floats to integer counts, which strict promotion (our tests') refuses.
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
+            updates, optimizer = program.optimizer.update(grads, state.optimizer, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+        if self.measure:
+            metrics |= {f"grad_rms/{name}": value for name, value in rms_by_layer(program.trainable, grads)}
+            metrics |= {
+                f"update_rms/{name}": value for name, value in rms_by_layer(program.trainable, updates)
+            }
+        metrics |= {"fine": fine, "stop": jnp.max(signals.stop)}
+        new = TrainState(state.step + 1, trainable, optimizer, program_state)
+        new = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
+        return new, ~fine, metrics
+
+    def gradients(
+        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array
+    ) -> tuple[Any, Sums]:
+        """Summed gradients of the weighted objective over all microbatches and devices, and the sums."""
+        layout, program = self.layout, self.program
+        if not layout.explicit:
+            return accumulate(program.loss, trainable, frozen, state, batch, key, layout)
+
+        def shard(trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array) -> tuple[Any, Sums]:
+            grads, (objective, weight, sums, state) = accumulate(
+                program.loss, trainable, frozen, state, batch, key, layout.inside()
+            )
+            grads = jax.tree.map(lambda grad: jax.lax.psum(grad, "data"), grads)
+            return grads, (*jax.lax.psum((objective, weight, sums), layout.batch_axes), state)
+
+        manual = set(layout.batch_axes)
+        skip = tuple(name for name in layout.mesh.axis_names if name not in manual)
+        inner = partial(layout.weight_partition, skip=skip)
+        weights, held = program.trainable.map(inner), program.frozen.map(inner)
+        rows = {name: layout.partition(names) for name, (_, _, names) in self.batch_shapes().items()}
+        sharded = jax.shard_map(
+            shard,
+            mesh=layout.mesh,
+            in_specs=(weights, held, P(), rows, P()),
+            out_specs=(weights, (P(), P(), P(), P())),
+            axis_names=manual,
+            check_vma=False,
+        )
+        result: tuple[Any, Sums] = sharded(trainable, frozen, state, dict(batch), key)
+        return result
+
+
+def accumulate(
+    loss: Loss, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
+) -> tuple[Any, Sums]:
+    """Gradients and sums over the microbatches, which are the batch's leading dimension, one at a time."""
+
+    def one(state: Any, rows: Batch) -> tuple[Any, Sums]:
+        def objective(trainable: Any) -> tuple[Array, Sums]:
+            total, weight, sums, after = loss(trainable, frozen, state, rows, key, layout)
+            return total, (total, weight, sums, after)
+
+        grads, sums = jax.grad(objective, has_aux=True)(trainable)
+        return grads, sums
+
+    microbatches = next(iter(batch.values())).shape[0]
+    first = {name: array[0] for name, array in batch.items()}
+    if microbatches == 1:
+        return one(state, first)
+
+    def add(carry: tuple[Any, Sums], rows: Batch) -> tuple[tuple[Any, Sums], None]:
+        grads, (objective, weight, sums, state) = carry
+        new_grads, (*new, state) = one(state, rows)
+        so_far = (objective, weight, sums)
+        return (
+            jax.tree.map(jnp.add, grads, new_grads),
+            (*jax.tree.map(jnp.add, so_far, tuple(new)), state),
+        ), None
+
+    shapes = jax.eval_shape(one, state, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zero_grads, (objective, weight, sums, _) = zeros
+    zero_grads = jax.tree.map(jnp.zeros_like, trainable) if layout.manual else zero_grads
+    (grads, total), _ = jax.lax.scan(add, (zero_grads, (objective, weight, sums, state)), dict(batch))
+    return grads, total
+
+
+def rms_by_layer(spec: Spec, tree: Tree) -> list[tuple[str, Array]]:
+    """Root mean square of each weight's entries, one number a layer where it is stacked."""
+    named = []
+
+    def measure(path: Any, param: Param, value: Array) -> None:
+        dims = tuple(range(1 if param.layers else 0, value.ndim))
+        wide = value.astype(at_least_float32(value.dtype))
+        named.append((path_name(path), jnp.sqrt(jnp.mean(jnp.square(wide), axis=dims))))
+
+    jax.tree_util.tree_map_with_path(measure, spec.tree, tree, is_leaf=is_param)
+    return named
+
+
+def check_batch(phase: Phase, layout: Layout) -> None:
+    """Refuse a batch that the mesh cannot split.
+
+    Raises:
+        InputError: with the mesh axes that split rows.
+    """
+    axes = " x ".join(f"{name} {layout.mesh.shape[name]}" for name in layout.batch_axes)
+    if not 1 <= phase.microbatch <= phase.batch:
+        raise InputError("microbatch", expected=f"1 to the batch's {phase.batch} rows", got=phase.microbatch)
+    for name, rows in (("batch", phase.batch), ("microbatch", phase.microbatch)):
+        if rows % layout.batch_shards:
+            raise InputError(
+                f"the {name} does not divide over the mesh",
+                expected=f"a multiple of {layout.batch_shards} rows ({axes})",
+                got=rows,
+                fix=f"set {name} or the mesh",
+            )
+
+
+Compiled = Callable[[TrainState, Any, Batch, Signals], tuple[TrainState, Array, dict[str, Array]]]
