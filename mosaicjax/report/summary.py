@@ -1,0 +1,177 @@
+"""What a run came to: tokens, where its time went, held-out loss, and the bill."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mosaicjax import storage
+from mosaicjax.hardware import Price, cost_usd
+from mosaicjax.log import encode
+from mosaicjax.report.live import format_count, format_duration, format_usd
+
+SUMMARY = "summary.json"
+"""The name of the summary's file within a run directory."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the wall clock's time went; what no part claims is start-up and the like.
+
+    `total` counts from the start of the process to the end of the run, since that is what is paid for.
+    """
+
+    total: float
+    compile: float
+    evaluate: float
+    save: float
+    data_wait: float
+    train: float
+
+    @property
+    def other(self) -> float:
+        """Time that none of the parts claims."""
+        return self.total - (self.compile + self.evaluate + self.save + self.data_wait + self.train)
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Loss on held-out text: nats a token, and how many bytes of text a token stands for."""
+
+    loss: float
+    bytes_per_token: float
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss a token; it depends on the tokenizer."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            # A diverged run must still get its summary.
+            return math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss a byte of text, in bits: comparable between tokenizers."""
+        return self.loss / math.log(2) / self.bytes_per_token
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a summary is made of.
+
+    `chip` is the name of the chip and `chips` how many were held; `price` is None where it is unknown, and
+    `heldout` where nothing was evaluated. Steps, tokens and seconds are those of the whole run, earlier
+    processes included.
+    """
+
+    steps: int
+    tokens: int
+    seconds: Seconds
+    train_loss: float
+    heldout: Heldout | None
+    chip: str
+    chips: float
+    price: Price | None
+
+
+def summarize(outcome: Outcome) -> dict[str, Any]:
+    """The summary as JSON holds it.
+
+    Units: `seconds` are seconds; `tokens_per_second` is over all chips, `training` over the time in steps and
+        waiting for data, `overall` over all that is paid for; losses are nats a token; `cost` is dollars.
+    """
+    seconds = outcome.seconds
+    stepping = seconds.train + seconds.data_wait
+    summary: dict[str, Any] = {
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "seconds": encode(
+            {
+                "total": seconds.total,
+                "compile": seconds.compile,
+                "evaluate": seconds.evaluate,
+                "save": seconds.save,
+                "data_wait": seconds.data_wait,
+                "train": seconds.train,
+                "other": seconds.other,
+            }
+        ),
+        "tokens_per_second": encode(
+            {"training": _rate(outcome.tokens, stepping), "overall": _rate(outcome.tokens, seconds.total)}
+        ),
+        "hardware": {"chip": outcome.chip, "chips": outcome.chips},
+        "loss": encode({"train": outcome.train_loss}),
+        "cost": None,
+        "heldout": None,
+    }
+    if outcome.heldout is not None:
+        summary["heldout"] = encode(
+            {
+                "loss": outcome.heldout.loss,
+                "perplexity": outcome.heldout.perplexity,
+                "bits_per_byte": outcome.heldout.bits_per_byte,
+            }
+        )
+    if outcome.price is not None:
+        usd = cost_usd(seconds.total, outcome.chips, outcome.price)
+        summary["cost"] = {
+            "usd": usd,
+            "usd_per_million_tokens": usd / outcome.tokens * 1e6 if outcome.tokens else None,
+            "usd_per_chip_hour": outcome.price.usd_per_chip_hour,
+            "source": outcome.price.source,
+            "date": outcome.price.date,
+        }
+    return summary
+
+
+def summary_line(outcome: Outcome) -> str:
+    """The summary in one line for a terminal."""
+    seconds = outcome.seconds
+    parts = [
+        f"{format_count(outcome.tokens)} tokens in {format_duration(seconds.total)} ({_shares(seconds)})",
+        f"{format_count(_rate(outcome.tokens, seconds.train + seconds.data_wait))} tokens/s while training",
+    ]
+    if outcome.heldout is None:
+        parts.append(f"train loss {outcome.train_loss:.4f}")
+    else:
+        parts.append(
+            f"held-out loss {outcome.heldout.loss:.4f}, perplexity {outcome.heldout.perplexity:.2f},"
+            f" {outcome.heldout.bits_per_byte:.4f} bits/byte"
+        )
+    if outcome.price is None:
+        parts.append(f"no price known for {outcome.chip}")
+    else:
+        parts.append(
+            f"{format_usd(cost_usd(seconds.total, outcome.chips, outcome.price))} at"
+            f" {format_usd(outcome.price.usd_per_chip_hour)} a chip hour"
+            f" ({outcome.price.source}, {outcome.price.date})"
+        )
+    return "; ".join(parts)
+
+
+def write_summary(run_dir: str, outcome: Outcome) -> None:
+    """Write `summary.json` into a run directory, whole or not at all."""
+    text = json.dumps(summarize(outcome), indent=2, allow_nan=False, ensure_ascii=False)
+    storage.write_text(storage.join(run_dir, SUMMARY), text + "\n")
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds > 0 else math.nan
+
+
+def _shares(seconds: Seconds) -> str:
+    """Each part's share of the whole time, largest first, what rounds to nothing left out."""
+    parts = {
+        "training": seconds.train,
+        "compile": seconds.compile,
+        "evaluation": seconds.evaluate,
+        "saving": seconds.save,
+        "data wait": seconds.data_wait,
+        "other": seconds.other,
+    }
+    shares = {name: part / seconds.total for name, part in parts.items()} if seconds.total > 0 else {}
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {share:.0%}" for name, share in ordered if share >= 0.005)
