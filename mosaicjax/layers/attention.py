@@ -13,6 +13,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.kernels.attention import Mask, attention
 from mosaicjax.layers.context import KV, Context
 from mosaicjax.layers.inits import InitRule
+from mosaicjax.layers.linear import linear
 from mosaicjax.layers.norm import LayerNorm, Norm, spread
 from mosaicjax.layers.position import Position
 from mosaicjax.mesh import BATCH
@@ -117,7 +118,7 @@ class Attention:
             slopes_H=self.position.slopes(q_BLHC.shape[2]),
         )
         mixed_BLHC = checkpoint_name(mixed_BLHC, "attention")
-        out_BLD = jnp.einsum("BLHC,HCD->BLD", mixed_BLHC, weights["out"])
+        out_BLD = linear(mixed_BLHC, weights["out"], 2)
         if self.bias:
             out_BLD = out_BLD + spread(weights["out_bias"], out_BLD)
         return out_BLD, kv.carried()
@@ -126,7 +127,7 @@ class Attention:
         """Queries, keys and values, biased, clipped and normed as the knobs say, not yet rotated."""
         projected = []
         for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
-            y_BLHC = jnp.einsum("BLD,DHC->BLHC", x_BLD, weights[name])
+            y_BLHC = linear(x_BLD, weights[name])
             if self.bias:
                 y_BLHC = y_BLHC + spread(weights[f"{name}_bias"], y_BLHC)
             if self.clip_qkv:

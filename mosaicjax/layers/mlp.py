@@ -7,12 +7,12 @@ from enum import Enum
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from mosaicjax.layers.context import Context
 from mosaicjax.layers.inits import InitRule
+from mosaicjax.layers.linear import linear
 from mosaicjax.layers.norm import spread
 from mosaicjax.mesh import BATCH
 from mosaicjax.spec import ZEROS, Param
@@ -66,12 +66,12 @@ class Mlp:
     def apply(self, weights: dict[str, Any], x_BLD: Array, context: Context) -> Array:
         """Shapes: x and the result [B, L, D]."""
         hidden_BLF = self.combine({name: self.read(name, weights, x_BLD, context) for name in self.inputs})
-        out_BLD = jnp.einsum("BLF,FD->BLD", hidden_BLF, weights["down"])
+        out_BLD = linear(hidden_BLF, weights["down"])
         return out_BLD + spread(weights["down_bias"], out_BLD) if self.bias else out_BLD
 
     def read(self, name: str, weights: dict[str, Any], x_BLD: Array, context: Context) -> Array:
         """One matrix's view of the residual stream, [B, L, F]."""
-        y_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, weights[name])
+        y_BLF = linear(x_BLD, weights[name])
         if self.bias:
             y_BLF = y_BLF + spread(weights[f"{name}_bias"], y_BLF)
         return context.layout.constrain(checkpoint_name(y_BLF, "mlp"), BATCH, None, "mlp")

@@ -15,6 +15,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.layers.block import Block
 from mosaicjax.layers.context import KV, Context, RowOnly, dropout
 from mosaicjax.layers.inits import InitRule, Kaiming
+from mosaicjax.layers.linear import scores_of
 from mosaicjax.layers.norm import LayerNorm, Norm
 from mosaicjax.layers.position import Position
 from mosaicjax.mesh import BATCH, gather_tree
@@ -249,9 +250,7 @@ class Decoder:
 
     def logits(self, head_VD: Array, hidden_BLD: Array, context: Context) -> Array:
         """Scores of the next token, [B, L, V], in the reduce dtype."""
-        logits_BLV = jnp.einsum(
-            "BLD,VD->BLV", hidden_BLD, head_VD, preferred_element_type=jnp.dtype(context.dtypes.reduce)
-        )
+        logits_BLV = scores_of(hidden_BLD, head_VD, context.dtypes.reduce)
         if self.logit_scale != 1.0:
             logits_BLV = logits_BLV * self.logit_scale
         if self.softcap:

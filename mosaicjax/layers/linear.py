@@ -1,0 +1,71 @@
+"""Products with a weight, and their gradients as plain matrix products."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+from jax import Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Array, weight: Array, summed: int = 1) -> Array:
+    """Sum over the last `summed` dims of x and the first of the weight.
+
+    The gradients are written as products of matrices over all rows at once. Derived by transposition they
+    reach XLA's CPU backend with the larger operand transposed element by element, at twice the time.
+
+    Shapes: x [..., *in], weight [*in, *out]; the result is [..., *out].
+    """
+    rows, inner = x.shape[: x.ndim - summed], weight.shape[:summed]
+    out = weight.shape[summed:]
+    flat = x.reshape(math.prod(rows), math.prod(inner)) @ weight.reshape(math.prod(inner), math.prod(out))
+    return flat.reshape(*rows, *out)
+
+
+def _forward(x: Array, weight: Array, summed: int) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, weight, summed), (x, weight)
+
+
+def _backward(summed: int, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    inner = math.prod(weight.shape[:summed])
+    x_RI = x.reshape(-1, inner)
+    grad_RO = grad.reshape(x_RI.shape[0], -1)
+    weight_IO = weight.reshape(inner, -1)
+    x_grad = jax.lax.dot_general(grad_RO, weight_IO, (((1,), (1,)), ((), ())))
+    weight_grad = jax.lax.dot_general(x_RI, grad_RO, (((0,), (0,)), ((), ())))
+    return x_grad.reshape(x.shape), weight_grad.reshape(weight.shape)
+
+
+linear.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scores_of(x: Array, table: Array, dtype: str) -> Array:
+    """The product of every row with every entry of a table, accumulated and returned in `dtype`.
+
+    Backward, the gradient is cast to x's dtype before it is multiplied.
+
+    Shapes: x [..., D], table [V, D]; the result is [..., V].
+    """
+    flat = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]), table, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+    )
+    return flat.reshape(*x.shape[:-1], table.shape[0])
+
+
+def _scores_forward(x: Array, table: Array, dtype: str) -> tuple[Array, tuple[Array, Array]]:
+    return scores_of(x, table, dtype), (x, table)
+
+
+def _scores_backward(dtype: str, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, table = saved
+    grad_RV = grad.astype(x.dtype).reshape(-1, table.shape[0])
+    x_RD = x.reshape(-1, x.shape[-1])
+    table_grad = jax.lax.dot_general(grad_RV, x_RD, (((0,), (0,)), ((), ())))
+    return (grad_RV @ table).reshape(x.shape), table_grad
+
+
+scores_of.defvjp(_scores_forward, _scores_backward)
