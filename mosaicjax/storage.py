@@ -1,0 +1,314 @@
+"""Files and directories of a run, on this machine or anywhere fsspec reaches (`s3://`, `gs://`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from mosaicjax.errors import InputError
+
+# Which optional dependency of ours brings the fsspec file system of a URL scheme.
+EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
+
+_SEPARATOR = "://"
+_COPY_BYTES = 8 * 2**20
+
+PathLike = str | os.PathLike[str]
+
+
+def scheme(path: PathLike) -> str:
+    """The URL scheme of a path in lower case; `file` where there is none."""
+    text = os.fspath(path)
+    return text.split(_SEPARATOR, 1)[0].lower() if _SEPARATOR in text else "file"
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether a path lies outside the file systems mounted on this machine."""
+    return scheme(path) != "file"
+
+
+def local(path: PathLike) -> str:
+    """An absolute path on this machine, without `file://`, `~` or a trailing slash."""
+    assert not is_remote(path), path
+    return os.path.abspath(os.path.expanduser(os.fspath(path).removeprefix("file" + _SEPARATOR)))
+
+
+def join(path: PathLike, *parts: str) -> str:
+    """A path below another; forward slashes on object stores, the system's own on this machine."""
+    if is_remote(path):
+        return posixpath.join(os.fspath(path).rstrip("/"), *parts)
+    return os.path.join(os.fspath(path), *parts)
+
+
+def exists(path: PathLike) -> bool:
+    """Whether there is a file, a directory, or on an object store anything below the path.
+
+    Raises:
+        InputError: the store cannot be asked (no such bucket, no access, no connection).
+    """
+    with _refusal("look at", path):
+        if is_remote(path):
+            return bool(_filesystem(path).exists(os.fspath(path)))
+        return os.path.exists(local(path))
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """The content of one file.
+
+    Raises:
+        InputError: it is missing or cannot be read.
+    """
+    with _refusal("read", path):
+        if is_remote(path):
+            return bytes(_filesystem(path).cat_file(os.fspath(path)))
+        with open(local(path), "rb") as file:
+            return file.read()
+
+
+def read_text(path: PathLike) -> str:
+    """The content of one UTF-8 file.
+
+    Raises:
+        InputError: it is missing or cannot be read.
+    """
+    return read_bytes(path).decode("utf-8")
+
+
+def write_bytes(path: PathLike, content: bytes) -> None:
+    """Write one file so that a reader, or a crash, finds the old content or the new, never a part.
+
+    Directories above it are made. An object store replaces an object in one put; on this machine a
+    temporary neighbour is flushed to the disk and renamed over it.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    with _refusal("write", path):
+        if is_remote(path):
+            _filesystem(path).pipe_file(os.fspath(path), content)
+        else:
+            _replace_local(local(path), content)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write one UTF-8 file as `write_bytes` does.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def make_dirs(path: PathLike) -> None:
+    """Make a directory and those above it; object stores have none, so there nothing happens.
+
+    Raises:
+        InputError: the file system refuses.
+    """
+    if not is_remote(path):
+        with _refusal("make directory", path):
+            os.makedirs(local(path), exist_ok=True)
+
+
+def list_dir(path: PathLike) -> list[str]:
+    """Sorted names directly below a directory; empty where the directory does not exist.
+
+    Raises:
+        InputError: the store cannot be asked (no such bucket, no access, no connection).
+    """
+    with _refusal("list", path):
+        if not is_remote(path):
+            target = local(path)
+            return sorted(os.listdir(target)) if os.path.isdir(target) else []
+        text = os.fspath(path).rstrip("/")
+        try:
+            entries = _filesystem(path).ls(text, detail=False)
+        except FileNotFoundError:
+            return []
+        listed = {posixpath.basename(entry.rstrip("/")) for entry in entries}
+        # Some stores list the object that stands for the directory itself, as an empty name.
+        return sorted(listed - {"", posixpath.basename(text)})
+
+
+def remove_tree(path: PathLike) -> None:
+    """Remove a file or a directory with all below it; nothing happens where there is none.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    with _refusal("remove", path):
+        if is_remote(path):
+            filesystem = _filesystem(path)
+            if filesystem.exists(os.fspath(path)):
+                filesystem.rm(os.fspath(path), recursive=True)
+            return
+        target = local(path)
+        if os.path.isdir(target) and not os.path.islink(target):
+            shutil.rmtree(target)
+        elif os.path.lexists(target):
+            os.remove(target)
+
+
+def copy_file(source: PathLike, target: PathLike) -> None:
+    """Copy one file in pieces, from any store to any other; on this machine it appears whole or not at all.
+
+    Raises:
+        InputError: one of the two stores refuses.
+    """
+    with _refusal("copy", source), contextlib.ExitStack() as files:
+        incoming = files.enter_context(_open(source, "rb"))
+        with _refusal("write", target):
+            if is_remote(target):
+                with _open(target, "wb") as outgoing:
+                    shutil.copyfileobj(incoming, outgoing, _COPY_BYTES)
+            else:
+                _replace_local(local(target), incoming)
+
+
+def check_writable(path: PathLike) -> None:
+    """Write and remove a small file in a directory, so that a run is refused before it starts.
+
+    Raises:
+        InputError: the directory cannot be written to.
+    """
+    make_dirs(path)
+    probe = join(path, f".write-probe-{os.getpid()}")
+    write_text(probe, "")
+    remove_tree(probe)
+
+
+def tensorstore_spec(path: PathLike) -> dict[str, Any]:
+    """The TensorStore key-value store at a path, as JSON.
+
+    For S3 the endpoint is `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` and the region `AWS_REGION` or
+    `AWS_DEFAULT_REGION`, as for every other AWS client; TensorStore itself reads neither.
+
+    Raises:
+        InputError: TensorStore has no driver for this kind of path, or it names no bucket.
+    Source: https://google.github.io/tensorstore/kvstore/s3/index.html
+    """
+    kind = scheme(path)
+    if kind == "file":
+        return {"driver": "file", "path": local(path)}
+    if kind not in EXTRAS:
+        raise InputError(f"TensorStore cannot reach {path}", expected="a local path, gs:// or s3://")
+    bucket, _, key = os.fspath(path).split(_SEPARATOR, 1)[1].partition("/")
+    if not bucket:
+        raise InputError(f"{path} names no bucket", expected=f"{kind}://bucket/path")
+    if kind != "s3":
+        return {"driver": "gcs", "bucket": bucket, "path": key}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        # A server other than Amazon's need not answer the request by which TensorStore finds the region.
+        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    elif region:
+        spec["aws_region"] = region
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        # Asked first in any case; naming it keeps TensorStore from complaining of absent profile files.
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+def forget_listings(path: PathLike) -> None:
+    """Drop what fsspec remembers of a remote store, for libraries that share its default instance.
+
+    Other processes write there too; a remembered listing would hide their files.
+    """
+    if is_remote(path):
+        _import_filesystem(path)(scheme(path)).invalidate_cache()
+
+
+def failures(path: PathLike) -> tuple[type[BaseException], ...]:
+    """The exceptions by which the store of a path says no: missing, forbidden, full, out of reach.
+
+    With ValueError among them: so TensorStore reports what a store refuses.
+    """
+    kinds: list[type[BaseException]] = [OSError, ValueError]
+    if scheme(path) == "s3":
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        kinds += [BotoCoreError, ClientError]
+    elif scheme(path) in ("gs", "gcs"):
+        from aiohttp import ClientError as ConnectionFailure
+        from gcsfs.retry import HttpError
+        from google.auth.exceptions import GoogleAuthError
+
+        kinds += [ConnectionFailure, HttpError, GoogleAuthError]
+    return tuple(kinds)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an exception says, in one line of about `limit` characters; what is left out is the middle."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
+@contextlib.contextmanager
+def _refusal(action: str, path: PathLike) -> Iterator[None]:
+    """Turn a store's own exceptions into the one line a user reads."""
+    try:
+        yield
+    except InputError:
+        raise
+    except failures(path) as error:
+        hint = None
+        if is_remote(path):
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            at = f" at {endpoint}" if scheme(path) == "s3" and endpoint else ""
+            hint = f"check that the bucket exists{at} and that credentials for it are set"
+        raise InputError(f"cannot {action} {os.fspath(path)}: {one_line(error)}", fix=hint) from error
+
+
+def _import_filesystem(path: PathLike) -> Any:
+    import fsspec
+
+    kind = scheme(path)
+    try:
+        fsspec.get_filesystem_class(kind)
+    except ImportError as error:
+        fix = f"pip install 'mosaicjax[{EXTRAS[kind]}]'" if kind in EXTRAS else "install the package it names"
+        raise InputError(f"{path} needs a package that is missing: {error}", fix=fix) from error
+    except ValueError as error:
+        raise InputError(
+            f"no file system is known for {path}", expected="a local path, s3:// or gs://"
+        ) from error
+    return fsspec.filesystem
+
+
+def _filesystem(path: PathLike) -> Any:
+    # Other processes write to the same place; a remembered listing would hide their files.
+    return _import_filesystem(path)(scheme(path), use_listings_cache=False)
+
+
+def _open(path: PathLike, mode: str) -> Any:
+    if is_remote(path):
+        return _filesystem(path).open(os.fspath(path), mode)
+    return open(local(path), mode)
+
+
+def _replace_local(target: str, content: Any) -> None:
+    """Write bytes, or all of an open file, beside the target and rename it over the target."""
+    directory, name = os.path.split(target)
+    os.makedirs(directory, exist_ok=True)
+    temporary = os.path.join(directory, f".{name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                shutil.copyfileobj(content, file, _COPY_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
