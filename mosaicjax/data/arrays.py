@@ -1,0 +1,78 @@
+"""The arrays of a store on the disk: zarr3, sharded, every chunk with a checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHUNK_TOKENS = 65_536
+CHUNK_DOCUMENTS = 8_192
+SHARD_DOCUMENTS = 2**20
+
+
+def token_dtype(vocabulary: int) -> str:
+    """Return the smaller of uint16 and uint32 that holds every id below `vocabulary`."""
+    return "uint16" if vocabulary <= 2**16 else "uint32"
+
+
+def create_array(folder: Path, *, dtype: str, shape: Sequence[int], shard: int, chunk: int) -> Any:
+    """Create a zarr3 array, or open the one there of the same kind, and return it open.
+
+    It is sharded along its first axis; the inner chunks are raw, each with a CRC-32C.
+    """
+    import tensorstore
+
+    rest = list(shape[1:])
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {
+        "chunk_shape": [chunk, *rest],
+        "codecs": checked,
+        "index_codecs": checked,
+        "index_location": "end",
+    }
+    spec = _spec(folder) | {
+        # a chunk of nothing but the fill value lies on the disk too: its absence is damage
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": list(shape),
+            "data_type": dtype,
+            "fill_value": 0,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard, *rest]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }
+    return tensorstore.open(spec, create=True, open=True).result()
+
+
+def write_shard_of(folder: Path, first: int, tokens: np.ndarray) -> None:
+    """Write one whole shard, from position `first` on, into an array that exists."""
+    import tensorstore
+
+    spec = _spec(folder) | {"store_data_equal_to_fill_value": True}
+    array = tensorstore.open(spec, open=True).result()
+    array[first : first + len(tokens)].write(tokens).result()
+
+
+def open_array(folder: Path, cache_bytes: int) -> Any:
+    """Open an array for reading, with a pool of at most `cache_bytes` of chunks kept in memory."""
+    import tensorstore
+
+    spec = _spec(folder) | {
+        "fill_missing_data_reads": False,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    return tensorstore.open(spec, context=context, open=True, read=True).result()
+
+
+def shard_file(folder: Path, number: int, axes: int = 1) -> Path:
+    """Return the file that holds a shard of an array of so many axes."""
+    return folder.joinpath("c", str(number), *["0"] * (axes - 1))
+
+
+def _spec(folder: Path) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}

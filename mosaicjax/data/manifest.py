@@ -1,0 +1,177 @@
+"""What a token store says of itself: its settings, its counts, and the checksum of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mosaicjax.errors import InputError
+
+FORMAT = "mosaicjax token store"
+VERSION = 1
+NAME = "manifest.json"
+SPLITS = ("train", "validation")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a build is cut up: `shard_tokens` a file of the store, about `part_characters` a spill file.
+
+    The size of the parts decides nothing about the store.
+    """
+
+    shard_tokens: int = 2**26
+    part_characters: int = 2**22
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the contents of a store, besides the documents themselves."""
+
+    sources: tuple[str, ...]
+    source_files: int
+    source_bytes: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    field: str
+    tokenizer_hash: str
+    separator_token: str
+    held_out: float
+    seed: int
+    layout: Layout
+
+    def check_same(self, other: Settings, place: Path) -> None:
+        """Refuse to go on with other settings than those a directory was begun with.
+
+        Raises: InputError naming the first setting that differs.
+        """
+        for setting in fields(self):
+            begun, now = getattr(self, setting.name), getattr(other, setting.name)
+            if begun != now:
+                raise InputError(
+                    f"{place} was begun with another {setting.name}",
+                    expected=begun,
+                    got=now,
+                    fix="build into another directory, or delete this one",
+                )
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer of a store; `files` lie in its folder `tokenizer`, the one to load first."""
+
+    files: tuple[str, ...]
+    hash: str
+    encoder: str
+    size: int
+    separator: int
+    separator_token: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much a split holds; `tokens` counts separators too, `bytes` the UTF-8 of the documents alone."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """When and how a store was built; nothing else in a manifest depends on it."""
+
+    command: str
+    finished: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `manifest.json`."""
+
+    format: str
+    version: int
+    settings: Settings
+    tokenizer: TokenizerRecord
+    dtype: str
+    splits: dict[str, Counts]
+    skipped: dict[str, int]
+    files: dict[str, FileRecord]
+    time: Built
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(record.bytes for record in self.files.values())
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Read the manifest of a store.
+
+    Raises: InputError where there is none (no store, or an unfinished build) or it cannot be used.
+    """
+    path = store / NAME
+    if not store.is_dir():
+        raise InputError(f"there is no token store at {store}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{store} has no {NAME}: an unfinished build", fix="run the same command again to finish it"
+        ) from error
+    try:
+        contents = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged", expected="JSON", got=str(error)) from error
+    version = (contents.get("format"), contents.get("version")) if isinstance(contents, dict) else None
+    if version != (FORMAT, VERSION):
+        raise InputError(f"{path} cannot be read", expected=f"{FORMAT!r} version {VERSION}", got=version)
+    return structure(contents, Manifest, path)
+
+
+def structure(contents: Any, kind: type[T], path: Path) -> T:
+    """Build a dataclass of this module from parsed JSON.
+
+    Raises: InputError naming the file where fields lack or are too many.
+    """
+    import cattrs
+
+    try:
+        return cattrs.Converter(forbid_extra_keys=True).structure(contents, kind)
+    except cattrs.BaseValidationError as error:
+        raise InputError(f"{path} is damaged", got="; ".join(cattrs.transform_error(error))) from error
+
+
+def write_json(path: Path, contents: Mapping[str, Any] | Any) -> None:
+    """Write a dataclass or mapping as JSON, whole or not at all, and durably."""
+    plain = contents if isinstance(contents, Mapping) else asdict(contents)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(plain, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def record_file(path: Path) -> FileRecord:
+    """Return the size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(os.fstat(file.fileno()).st_size, digest)

@@ -1,0 +1,199 @@
+"""The second half of a build: the shuffled order of the documents, and the arrays written in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mosaicjax.data.arrays import (
+    CHUNK_DOCUMENTS,
+    CHUNK_TOKENS,
+    SHARD_DOCUMENTS,
+    create_array,
+    shard_file,
+    write_shard_of,
+)
+from mosaicjax.data.manifest import SPLITS, Counts, FileRecord, record_file, structure, write_json
+from mosaicjax.data.parts import Tokenised
+from mosaicjax.data.workers import run_all
+
+
+@dataclass(frozen=True)
+class Table:
+    """The documents of a split in their shuffled order, one row each.
+
+    `part`: number of its spill file; `offset`: where it begins there; `start`: where it begins in the store;
+    `tokens`: its length without separators; `bytes`: of its text in UTF-8.
+
+    Shapes: each [documents].
+    """
+
+    part: np.ndarray
+    offset: np.ndarray
+    start: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    @property
+    def counts(self) -> Counts:
+        """Totals; a separator follows every document and one comes before the first."""
+        return Counts(len(self.part), int(self.tokens.sum()) + len(self.part) + 1, int(self.bytes.sum()))
+
+    def overlapping(self, first: int, last: int) -> Table:
+        """Return the rows of the documents that have tokens between `first` and `last` of the store."""
+        low = int(np.searchsorted(self.start + self.tokens, first, side="right"))
+        high = int(np.searchsorted(self.start, last, side="left"))
+        rows = low + np.flatnonzero(self.tokens[low:high])
+        return Table(
+            self.part[rows], self.offset[rows], self.start[rows], self.tokens[rows], self.bytes[rows]
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard to write: tokens `first` to `last` of the array in `folder`.
+
+    `table` holds the documents that overlap it, its parts counted within `spills`; `record` is the file to
+    leave.
+    """
+
+    folder: Path
+    number: int
+    first: int
+    last: int
+    separator: int
+    dtype: str
+    table: Table
+    spills: tuple[Path, ...]
+    record: Path
+
+
+def shuffle(parts: Sequence[Tokenised]) -> dict[str, Table]:
+    """Return the documents of each split in the order of their keys."""
+    indices = [np.load(part.index) for part in parts]
+    part = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index) for index in indices])
+    offset = np.concatenate([np.cumsum(index["tokens"]) - index["tokens"] for index in indices])
+    index = np.concatenate(indices)
+    tables = {}
+    for split in SPLITS:
+        chosen = np.flatnonzero(index["held_out"] == (split == "validation"))
+        order = chosen[np.argsort(index["key"][chosen], kind="stable")]
+        tokens = index["tokens"][order]
+        start = 1 + np.cumsum(tokens + 1) - (tokens + 1)
+        tables[split] = Table(part[order], offset[order], start, tokens, index["bytes"][order])
+    return tables
+
+
+def write_documents(folder: Path, table: Table) -> list[Path]:
+    """Write where each document lies and how many bytes it has, and return the files written.
+
+    Shapes: int64 [documents, 2].
+    """
+    count = len(table.part)
+    array = create_array(
+        folder, dtype="int64", shape=(count, 2), shard=SHARD_DOCUMENTS, chunk=CHUNK_DOCUMENTS
+    )
+    contents = np.stack([table.start, table.bytes], axis=1)
+    files = [folder / "zarr.json"]
+    for number, first in enumerate(range(0, count, SHARD_DOCUMENTS)):
+        last = min(first + SHARD_DOCUMENTS, count)
+        array[first:last].write(contents[first:last]).result()
+        files.append(shard_file(folder, number, axes=2))
+    return files
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes the token arrays of the splits under `out`; finished shards leave a record in `records`."""
+
+    out: Path
+    records: Path
+    separator: int
+    dtype: str
+    shard_tokens: int
+
+    def write(
+        self, tables: Mapping[str, Table], parts: Sequence[Tokenised], *, workers: int, progress: bool
+    ) -> dict[Path, FileRecord]:
+        """Write the shards that are missing, and return the record of every file."""
+        files: dict[Path, FileRecord] = {}
+        for split, table in tables.items():
+            folder = self.out / split / "tokens"
+            shape = (table.counts.tokens,)
+            create_array(folder, dtype=self.dtype, shape=shape, shard=self.shard_tokens, chunk=CHUNK_TOKENS)
+            files[folder / "zarr.json"] = record_file(folder / "zarr.json")
+        shards = sum(self._count(table) for table in tables.values())
+        # a small store is written faster than a second process starts
+        workers = 1 if shards <= len(SPLITS) else workers
+        with tqdm(total=shards, unit=" shards", desc="write", disable=not progress) as bar:
+
+            def add(path: Path, record: FileRecord) -> None:
+                files[path] = record
+                bar.update()
+
+            def missing() -> Iterator[Shard]:
+                for split, table in tables.items():
+                    for number in range(self._count(table)):
+                        path = shard_file(self.out / split / "tokens", number)
+                        record = self.records / f"{split}-{number}.json"
+                        finished = _finished(path, record)
+                        if finished is None:
+                            yield self._shard(path, number, table, parts, record)
+                        else:
+                            add(path, finished)
+
+            for shard, record in run_all(write_shard, missing(), workers):
+                add(shard_file(shard.folder, shard.number), record)
+        return files
+
+    def _count(self, table: Table) -> int:
+        return -(-table.counts.tokens // self.shard_tokens)
+
+    def _shard(
+        self, path: Path, number: int, table: Table, parts: Sequence[Tokenised], record: Path
+    ) -> Shard:
+        first = number * self.shard_tokens
+        last = min(first + self.shard_tokens, table.counts.tokens)
+        rows = table.overlapping(first, last)
+        used, part = np.unique(rows.part, return_inverse=True)
+        return Shard(
+            folder=path.parent.parent,
+            number=number,
+            first=first,
+            last=last,
+            separator=self.separator,
+            dtype=self.dtype,
+            table=Table(part, rows.offset, rows.start, rows.tokens, rows.bytes),
+            spills=tuple(parts[i].spill for i in used),
+            record=record,
+        )
+
+
+def write_shard(shard: Shard) -> FileRecord:
+    """Gather the documents of one shard, write it, and leave a record of its size and checksum."""
+    tokens = np.full(shard.last - shard.first, shard.separator, shard.dtype)
+    table = shard.table
+    for number, path in enumerate(shard.spills):
+        spill = np.memmap(path, shard.dtype, mode="r")
+        for i in np.flatnonzero(table.part == number):
+            first = max(int(table.start[i]), shard.first)
+            last = min(int(table.start[i] + table.tokens[i]), shard.last)
+            shift = int(table.offset[i]) - int(table.start[i])
+            tokens[first - shard.first : last - shard.first] = spill[first + shift : last + shift]
+    write_shard_of(shard.folder, shard.first, tokens)
+    record = record_file(shard_file(shard.folder, shard.number))
+    write_json(shard.record, record)
+    return record
+
+
+def _finished(path: Path, record: Path) -> FileRecord | None:
+    """Return the record of a shard that an earlier run finished, if the file is still as recorded."""
+    if not record.exists() or not path.exists():
+        return None
+    recorded = structure(json.loads(record.read_text(encoding="utf-8")), FileRecord, record)
+    return recorded if record_file(path) == recorded else None
