@@ -1,0 +1,143 @@
+"""The run as data: what a recipe says, checked, and the program that it means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mosaicjax.data.stream import TokenStore
+from mosaicjax.errors import InputError
+from mosaicjax.hardware import Price
+from mosaicjax.losses import CrossEntropy
+from mosaicjax.mesh import Mesh
+from mosaicjax.models.decoder import Decoder, Family
+from mosaicjax.optim import AdamW, Optimizer
+from mosaicjax.program import DecoderLoss, Method, Phase, Program
+from mosaicjax.spec import Dtypes, Spec
+
+WHOLE = 0
+"""As many as there are: a microbatch of the whole batch, all held-out rows, no limit on a count."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Held-out loss every so many steps (0: at the end alone), over `rows` rows (WHOLE: all of them).
+
+    The loss at the end is always over all held-out rows.
+    """
+
+    every: int = 500
+    rows: int = WHOLE
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint every so many steps (0: at the end alone).
+
+    The last `keep` stay, and every multiple of `keep_every` (0: no others).
+    """
+
+    every: int = 500
+    keep: int = 3
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class Log:
+    """A line of metrics every so many steps; TensorBoard events beside it.
+
+    `norms` adds the root mean square of each layer's gradients, updates and outputs.
+    """
+
+    every: int = 1
+    tensorboard: bool = True
+    norms: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: a model, its data, and how it is trained.
+
+    Units: `seq` target tokens a row; `batch` rows a step over all devices; `microbatch` rows at once over all
+    devices (WHOLE: the batch), which changes memory and rounding but not the gradient. `methods` are applied
+    in the order listed. `init_from` is a run whose weights start this one ("": drawn from the seed). `price`
+    overrides the list price of the chip.
+    """
+
+    model: Family
+    data: TokenStore
+    seq: int = 2_048
+    batch: int = 256
+    microbatch: int = WHOLE
+    steps: int = 4_800
+    seed: int = 17
+    optimizer: Optimizer = AdamW()
+    loss: CrossEntropy = CrossEntropy()
+    methods: tuple[Method, ...] = ()
+    mesh: Mesh = Mesh()
+    dtypes: Dtypes = Dtypes(param="float32", compute="bfloat16", reduce="float32")
+    eval: Eval = Eval()
+    save: Save = Save()
+    log: Log = Log()
+    init_from: str = ""
+    price: Price | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot run, before any device starts.
+
+        Raises:
+            InputError: with the field, expected and got.
+        """
+        least = {"seq": 1, "batch": 1, "microbatch": 0, "steps": 1, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise InputError(
+                    f"{name} of the recipe", expected=f"{bound} or more", got=getattr(self, name)
+                )
+        for part in ("eval", "save", "log"):
+            for name, value in vars(getattr(self, part)).items():
+                if value < 0 or ((part, name) in {("save", "keep"), ("log", "every")} and value < 1):
+                    raise InputError(f"{part}.{name} of the recipe", expected="a positive number", got=value)
+        if self.microbatch > self.batch:
+            raise InputError(
+                "microbatch", expected=f"at most the batch's {self.batch} rows", got=self.microbatch
+            )
+        self.model.build().check(self.seq)
+        self.loss.check(self.seq)
+
+    def phase(self) -> Phase:
+        """The shape of its batches."""
+        return Phase(self.seq, self.batch, self.microbatch or self.batch)
+
+    def program(self) -> tuple[Decoder, Program]:
+        """The decoder, and the program of its train step with all methods applied."""
+        decoder = self.model.build()
+        spec = decoder.spec()
+        loss = DecoderLoss(decoder, self.loss, self.dtypes, packed=self.data.isolate, measure=self.log.norms)
+        program = Program(
+            trainable=spec,
+            frozen=Spec({}, {}),
+            state={},
+            loss=loss,
+            optimizer=self.optimizer.build(spec, self.steps),
+            rate=self.optimizer.lr.build(self.steps),
+            phase=self.phase(),
+            dtypes=self.dtypes,
+        )
+        for method in self.methods:
+            program = method(program)
+        return decoder, program
+
+
+def check_vocabulary(model_vocab: int, tokenizer_size: int, store: str) -> None:
+    """Refuse a tokenizer with ids that the model lacks.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    if tokenizer_size > model_vocab:
+        raise InputError(
+            f"the tokenizer of {store} is larger than the model's vocabulary",
+            expected=f"at most {model_vocab} ids",
+            got=tokenizer_size,
+            fix=f"--model.vocab {-(-tokenizer_size // 128) * 128}",
+        )
