@@ -1,0 +1,260 @@
+"""The `mosaicjax` command: parse, call one function, print.
+
+What takes long to import is imported by the command that needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mosaicjax.errors import Diverged, InputError
+
+STARTED = time.time()
+
+SUMMARY = "Train language models on your own data, at the lowest cost per token, and own the weights."
+EXIT_INPUT = 2
+EXIT_DIVERGED = 1
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        raise InputError(f"{self.prog}: {message}", fix=f"`{self.prog} --help`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        options, rest = parser().parse_known_args([word for word in given if word != "--debug"])
+        if rest and not options.overrides:
+            raise InputError(f"unknown argument {rest[0]}", fix=f"`mosaicjax {options.command} --help`")
+        options.rest = rest
+        code: int = options.run(options)
+        return code
+    except (InputError, Diverged) as error:
+        if debug:
+            raise
+        print(f"mosaicjax: {error}", file=sys.stderr, flush=True)
+        return EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_INPUT
+
+
+def parser() -> Parser:
+    """All commands and their options."""
+    top = Parser(prog="mosaicjax", description=SUMMARY, allow_abbrev=False)
+    top.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    _add_train(commands)
+    _add_show(commands)
+    _add_generate(commands)
+    _add_evaluate(commands)
+    _add_data(commands)
+    return top
+
+
+def _command(commands: argparse._SubParsersAction[Parser], name: str, run: object, text: str) -> Parser:
+    command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(run=run, overrides=False, command=name)
+    return command
+
+
+def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = _command(commands, "train", _train, "train a recipe, or go on with a run")
+    command.set_defaults(overrides=True)
+    command.epilog = "Any field of the recipe is an option too: --steps 20 --optimizer.lr.peak 3e-4"
+    command.add_argument("recipe", help="a recipe's .py file, or a run directory")
+    command.add_argument(
+        "--out", default="", help="the run directory (default: runs/NAME); s3:// and gs:// too"
+    )
+    command.add_argument("--profile", default="", metavar="FIRST:LAST", help="trace these steps, from 1")
+    command.add_argument("--show-overrides", action="store_true", help="list the recipe's fields and stop")
+    _add_processes(command)
+
+
+def _add_processes(command: Parser) -> None:
+    group = command.add_argument_group("several processes")
+    group.add_argument("--processes", type=int, default=1, help="how many there are")
+    group.add_argument("--process", type=int, default=0, help="which one this is, from 0")
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--cluster", action="store_true", help="find all three out (TPU pod, Slurm, Open MPI)")
+    group.add_argument("--cpu-devices", type=int, default=0, help="split this CPU into so many devices")
+
+
+def _add_show(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = _command(commands, "show", _show, "a recipe's weights, memory per chip and first batch")
+    command.set_defaults(overrides=True)
+    command.add_argument("recipe", help="a recipe's .py file, or a run directory")
+    command.add_argument(
+        "--devices", type=int, default=0, help="chips to lay it out on (default: those here)"
+    )
+
+
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = _command(commands, "generate", _generate, "go on with a prompt")
+    command.add_argument("model", help="a run directory")
+    command.add_argument("--prompt", action="append", required=True, help="give it again for a batch")
+    command.add_argument("--max-tokens", type=int, default=200)
+    command.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time")
+    command.add_argument("--top-k", type=int, default=0, help="0: no limit")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = _command(commands, "evaluate", _evaluate, "held-out bits of a run, beside gzip -9")
+    command.add_argument("model", help="a run directory")
+
+
+def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
+    data = _command(commands, "data", None, "build and check token stores")
+    steps = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND", parser_class=Parser)
+    build = _command(steps, "build", _data_build, "turn documents into a token store")
+    tokenizer = _command(steps, "train-tokenizer", _data_tokenizer, "learn a byte-level BPE from documents")
+    for command in (build, tokenizer):
+        command.add_argument("sources", nargs="+", help="folders, .txt, .jsonl (.gz, .xz)")
+        command.add_argument("--out", required=True)
+        command.add_argument(
+            "--held-out", type=float, default=0.01, help="share of documents kept for evaluation"
+        )
+        command.add_argument("--include", action="append", default=[], metavar="GLOB")
+        command.add_argument("--exclude", action="append", default=[], metavar="GLOB")
+        command.add_argument("--field", default="text", help="the text's key in .jsonl rows")
+    build.add_argument("--tokenizer", required=True, help="tokenizer.json, tokenizer.model, or their folder")
+    build.add_argument("--seed", type=int, default=0, help="of the documents' order")
+    build.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    tokenizer.add_argument("--vocab", type=int, required=True, help="how many ids")
+    verify = _command(steps, "verify", _data_verify, "compare a store's files with their checksums")
+    verify.add_argument("store")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from mosaicjax import recipe_file
+
+    loaded = recipe_file.load(options.recipe, options.rest)
+    if options.show_overrides:
+        print("\n".join(f"{option} {value!r}" for option, value in recipe_file.options(loaded.recipe)))
+        return 0
+    profile = _profile(options.profile)
+    out = options.out or (options.recipe if not options.recipe.endswith(".py") else f"runs/{loaded.name}")
+    _start(options)
+    from mosaicjax.finish import train_and_finish
+
+    return train_and_finish(loaded, out, started=STARTED, profile=profile)
+
+
+def _profile(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise InputError("--profile", expected="FIRST:LAST, steps from 1, as 10:13", got=text)
+    return int(first), int(last)
+
+
+def _start(options: argparse.Namespace) -> None:
+    """Join the other processes and set the CPU's devices, before anything asks for one."""
+    if options.cpu_devices:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+    from mosaicjax import processes
+
+    if options.cluster:
+        processes.start_on_cluster()
+    else:
+        processes.start(options.coordinator, options.processes, options.process)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from mosaicjax import recipe_file
+    from mosaicjax.show import show
+
+    recipe = recipe_file.load(options.recipe, options.rest).recipe
+    if not options.devices:
+        import jax
+
+        options.devices = len(jax.devices())
+    for line in show(recipe, options.devices):
+        print(line)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from mosaicjax.finish import write_completions
+    from mosaicjax.generate import Sampling
+
+    settings = Sampling(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=tuple(options.stop),
+    )
+    write_completions(options.model, options.prompt, settings, sys.stdout)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from mosaicjax.finish import evaluate_run
+
+    for line in evaluate_run(options.model):
+        print(line)
+    return 0
+
+
+def _data_build(options: argparse.Namespace) -> int:
+    from mosaicjax.data.build import build
+
+    build(
+        options.sources,
+        options.out,
+        tokenizer=options.tokenizer,
+        held_out=options.held_out,
+        seed=options.seed,
+        workers=options.workers or os.cpu_count() or 1,
+        include=options.include,
+        exclude=options.exclude,
+        field=options.field,
+    )
+    return 0
+
+
+def _data_tokenizer(options: argparse.Namespace) -> int:
+    from mosaicjax.data.tokenizer import train_tokenizer
+
+    train_tokenizer(
+        options.sources,
+        options.out,
+        vocab=options.vocab,
+        held_out=options.held_out,
+        include=options.include,
+        exclude=options.exclude,
+        field=options.field,
+    )
+    return 0
+
+
+def _data_verify(options: argparse.Namespace) -> int:
+    from mosaicjax.data.store import Store
+
+    store = Store.open(options.store)
+    store.verify()
+    for name, counts in store.manifest.splits.items():
+        print(
+            f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes: sound"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Losses and tasks on a model."""

@@ -1,0 +1,127 @@
+"""Held-out loss: every token of the held-out documents is a target exactly once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mosaicjax import processes
+from mosaicjax.data.stream import HeldOut
+from mosaicjax.errors import InputError
+from mosaicjax.losses import CrossEntropy
+from mosaicjax.mesh import BATCH, Layout, global_array, local_rows, shardings
+from mosaicjax.models.decoder import Decoder
+from mosaicjax.program import Batch, DecoderLoss
+from mosaicjax.spec import Dtypes
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over target tokens: nats, tokens, and the bytes of text that they stand for."""
+
+    nats: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def per_token(self) -> float:
+        """Units: nats a target token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Units: bits a byte of text."""
+        return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.inf
+
+    def metrics(self) -> dict[str, float | int]:
+        """What a row of metrics says of it."""
+        values = {"loss": self.per_token, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
+        return {**values, "perplexity": math.exp(min(self.per_token, 700.0))}
+
+
+class Evaluator:
+    """Held-out loss of a decoder on a layout, `rows` rows at a time; compiled once.
+
+    Shapes: `token_bytes` [ids], how many bytes of text each id stands for.
+    """
+
+    def __init__(
+        self, decoder: Decoder, layout: Layout, dtypes: Dtypes, held_out: HeldOut, token_bytes: Any, rows: int
+    ) -> None:
+        """Compile for the held-out rows' length; nothing is read.
+
+        Raises:
+            InputError: rows that the mesh cannot split.
+        """
+        if rows % layout.batch_shards:
+            raise InputError("rows of evaluation", expected=f"a multiple of {layout.batch_shards}", got=rows)
+        self.held_out = held_out
+        self.layout = layout
+        self.rows = rows
+        self._mine = local_rows(layout, rows)
+        self._loss = DecoderLoss(decoder, CrossEntropy(), dtypes, packed=held_out.isolate)
+        sizes = np.zeros(max(decoder.dims["vocab"], len(token_bytes)), np.int32)
+        sizes[: len(token_bytes)] = token_bytes
+        spec = decoder.spec()
+        weights = spec.abstract(dtypes.param, shardings(spec, layout))
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, held_out.seq), dtype, sharding=layout.sharding(BATCH, None))
+            for name, dtype in self._arrays().items()
+        }
+        sums = jax.jit(lambda weights, batch: self._sums(weights, batch, jnp.asarray(sizes)))
+        self._compiled = sums.lower(weights, batch).compile()
+
+    def _arrays(self) -> dict[str, Any]:
+        packed = {"segments": jnp.int32, "positions": jnp.int32} if self.held_out.isolate else {}
+        return {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, **packed}
+
+    def _sums(self, weights: Any, batch: Batch, sizes_V: Array) -> tuple[Array, Array, Array]:
+        context = self._loss.context(batch, self.layout)
+        x_BLD = self._loss.decoder.embed(weights, batch["tokens"], context)
+        hidden_BLD = self._loss.decoder.hidden(weights, x_BLD, context).hidden_BLD
+        terms = self._loss.terms(weights, hidden_BLD, batch, context)
+        counted_BL = (batch["weights"] > 0).astype(jnp.int32)
+        text_bytes = jnp.sum(jnp.take(sizes_V, batch["targets"], mode="clip") * counted_BL)
+        out = NamedSharding(self.layout.mesh, P())
+        sums = (terms.nll, jnp.sum(counted_BL), text_bytes)
+        return jax.tree.map(lambda total: jax.lax.with_sharding_constraint(total, out), sums)
+
+    def chosen(self, rows: int) -> list[int]:
+        """Numbers of `rows` held-out rows, evenly spaced; 0, or more than there are: all."""
+        total = len(self.held_out)
+        return list(range(total)) if not 0 < rows < total else [i * total // rows for i in range(rows)]
+
+    def __call__(self, weights: Any, rows: int = 0) -> Loss:
+        """The loss over `rows` rows (0: all), the same on every process.
+
+        Raises:
+            InputError: a damaged shard, on every process.
+        """
+        chosen = self.chosen(rows)
+        nats, tokens, text_bytes = 0.0, 0, 0
+        for first in range(0, len(chosen), self.rows):
+            batch = self._batch(chosen[first : first + self.rows])
+            sums = jax.device_get(self._compiled(weights, batch))
+            nats, tokens, text_bytes = nats + float(sums[0]), tokens + int(sums[1]), text_bytes + int(sums[2])
+        return Loss(nats, tokens, text_bytes)
+
+    def _batch(self, chosen: Sequence[int]) -> dict[str, Array]:
+        """Held-out rows on the devices; what is missing to a whole batch has weight 0."""
+        wanted = [place for place in self._mine if place < len(chosen)]
+        with processes.refused_by_all("reading held-out rows"):
+            read = self.held_out.rows([chosen[place] for place in wanted])
+        arrays = {}
+        for name, dtype in self._arrays().items():
+            host = np.zeros((self.rows, self.held_out.seq), dtype)
+            host[wanted] = read[name]
+            arrays[name] = global_array(self.layout, host.shape, (BATCH, None), host.__getitem__)
+        return arrays

@@ -1,0 +1,153 @@
+"""A run from the command line, first line to last: train, then the curve, a sample and the bill."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
+
+import jax
+
+from mosaicjax import processes, storage
+from mosaicjax.checkpoint import complete_steps, restore_params
+from mosaicjax.errors import InputError
+from mosaicjax.evaluate.compression import gzip_held_out
+from mosaicjax.evaluate.heldout import Evaluator
+from mosaicjax.generate import Sampling, generate, load_run
+from mosaicjax.log import read_rows
+from mosaicjax.mesh import shardings
+from mosaicjax.recipe_file import Loaded, from_run
+from mosaicjax.report.curve import draw_curve
+from mosaicjax.report.live import LiveLine
+from mosaicjax.report.summary import summary_line, write_summary
+from mosaicjax.run import chips_text, epochs, open_data, prepare
+from mosaicjax.train import Profile, Run, train
+
+SAMPLE_TOKENS = 120
+SAMPLE = "sample.txt"
+CURVE = "loss.png"
+
+
+def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple[int, int] | None) -> int:
+    """Train a recipe into `out` and print what a person wants to see; the exit code.
+
+    Raises:
+        InputError: as `prepare` and `train`.
+        Diverged: as `train`.
+    """
+    primary = processes.current().primary
+    line = LiveLine(sys.stdout, time.monotonic)
+
+    def say(text: str) -> None:
+        if primary:
+            line.say(text)
+
+    ready = prepare(loaded, out, say)
+    say(chips_text(ready) + f", {epochs(ready):.2f} epochs; into {out}")
+    if ready.cursor.step >= ready.recipe.steps:
+        say(f"finished already, at step {ready.cursor.step:,}; more --steps go on from there")
+        return 0
+    if ready.cursor.step:
+        say(f"going on after step {ready.cursor.step:,}")
+    traced = Profile(*profile) if profile else None
+    run, finished = train(ready, started=started, say=say, line=line, profile=traced)
+    if not finished:
+        say(f"stopped and saved at step {run.number:,}; the same command goes on from there")
+        return 0
+    finish(run, say)
+    return 0
+
+
+def finish(run: Run, say: Callable[[str], None]) -> None:
+    """The curve, a sample and the summary of a finished run; the primary writes them."""
+    ready = run.ready
+    text = sample(run)
+    if not run.primary:
+        return
+    draw(ready.out)
+    outcome = run.outcome()
+    write_summary(ready.out, outcome)
+    if text:
+        storage.write_text(storage.join(ready.out, SAMPLE), text + "\n")
+        say(f"a sample:\n{text}\n")
+    say(summary_line(outcome))
+    say(f"in {ready.out}: {CURVE}, metrics.jsonl, summary.json, {SAMPLE if text else 'checkpoints'}")
+
+
+def sample(run: Run) -> str:
+    """What the model writes of itself; nothing in a job of several processes, which share no prompt."""
+    ready = run.ready
+    if processes.current().count > 1:
+        return ""
+    settings = Sampling(max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=ready.recipe.seed)
+    with run.clocks.timed("evaluate"):
+        completions = generate(
+            ready.decoder,
+            run.state.trainable,
+            ready.step.layout,
+            ready.recipe.dtypes,
+            ready.data.store.tokenizer,
+            [""],
+            settings,
+            lambda index, text: None,
+        )
+    return completions[0].text
+
+
+def draw(out: str) -> None:
+    """The loss curve, into the run directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, CURVE)
+        draw_curve(read_rows(out), path, title=out)
+        storage.copy_file(path, storage.join(out, CURVE))
+
+
+def evaluate_run(out: str) -> Iterator[str]:
+    """Lines on a run's held-out bits: the model's over all held-out documents, and gzip's.
+
+    Raises:
+        InputError: no checkpoint, or its data are gone.
+    """
+    loaded = from_run(out)
+    recipe = loaded.recipe
+    data = open_data(recipe)
+    steps = complete_steps(out)
+    if not steps or data.held_out is None:
+        raise InputError(f"{out} cannot be evaluated", expected="a checkpoint, and held-out documents")
+    layout = recipe.mesh.build(jax.devices())
+    decoder, program = recipe.program()
+    abstract = program.trainable.abstract(program.dtypes.param, shardings(program.trainable, layout))
+    weights = restore_params(out, steps[-1], abstract, field="trainable")
+    sizes = data.store.tokenizer.token_bytes
+    evaluator = Evaluator(decoder, layout, program.dtypes, data.held_out, sizes, program.phase.microbatch)
+    loss = evaluator(weights)
+    text = gzip_held_out(data.store)
+    yield f"{out}, step {steps[-1]:,}, on {text.documents:,} held-out documents of {text.text_bytes:,} bytes:"
+    bits = loss.nats / math.log(2)
+    yield f"  model    {bits:>14,.0f} bits, {bits / text.text_bytes:.4f} a byte ({loss.tokens:,} tokens)"
+    yield f"  gzip -9  {text.bits:>14,} bits, {text.bits_per_byte:.4f} a byte (each document on its own)"
+
+
+def write_completions(model: str, prompts: Sequence[str], settings: Sampling, stream: TextIO) -> None:
+    """Prompts and what the model makes of them: one is streamed as it is written, several come whole.
+
+    Raises:
+        InputError: no model there, or settings that mean nothing.
+    """
+    settings.check()
+    loaded = load_run(model)
+    alone = len(prompts) == 1
+
+    def show(index: int, text: str) -> None:
+        if alone:
+            stream.write(text)
+            stream.flush()
+
+    if alone:
+        show(0, prompts[0])
+    for index, completion in enumerate(generate(*loaded, prompts, settings, show)):
+        stream.write("\n" if alone else f"--- {index}\n{prompts[index]}{completion.text}\n")

@@ -1,0 +1,64 @@
+"""Where a NaN or infinity came from: the first layer that made it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from mosaicjax.models.decoder import Decoder
+from mosaicjax.program import Batch, DecoderLoss
+from mosaicjax.step import Step, accumulate, rms_by_layer
+
+
+def first_nonfinite(
+    step: Step, decoder: Decoder, trainable: Any, frozen: Any, batch: Batch, key: Array
+) -> str:
+    """Name the first part of the model whose output, or else gradient, is not finite.
+
+    The forward pass is looked at from the embeddings on, then the loss; if all of it is finite, the
+    gradients from the head back to the embeddings.
+    """
+    loss = step.program.loss
+    if not isinstance(loss, DecoderLoss):
+        return "the loss (its parts cannot be told apart)"
+    measured = replace(loss, measure=True)
+    layout = replace(step.layout, explicit=False)
+
+    def look(trainable: Any, batch: Batch) -> tuple[Any, Any]:
+        grads, (_, weight, sums, _) = accumulate(measured, trainable, frozen, {}, batch, key, layout)
+        return sums, dict(rms_by_layer(step.program.trainable, grads))
+
+    for m in range(step.program.phase.microbatches):
+        one = {name: array[m : m + 1] for name, array in batch.items()}
+        sums, grads = jax.device_get(jax.jit(look)(trainable, one))
+        places = ["the embeddings", *(f"layer {n}" for n in range(decoder.layers))]
+        for place, value in zip(places, sums["activation_rms"], strict=True):
+            if not np.isfinite(value):
+                return f"{place} (its output; microbatch {m})"
+        if not np.isfinite(sums["loss"]):
+            return f"the logits or the loss (microbatch {m})"
+        wrong = [place for place in backward_order(decoder, grads) if not np.isfinite(place[1])]
+        if wrong:
+            return f"{wrong[0][0]} (its gradient; microbatch {m})"
+    return "the sum over microbatches or the optimizer's input"
+
+
+def backward_order(decoder: Decoder, grads: dict[str, Any]) -> list[tuple[str, float]]:
+    """Weights' gradients in the order in which a backward pass makes them, by name and layer."""
+    named: list[tuple[int, str, float]] = []
+    for name, value in grads.items():
+        if not name.startswith("stacks/"):
+            late = -1 if name.startswith("embed/") else decoder.layers
+            named.append((late, name, float(value)))
+    for s, b, _, layers in decoder.blocks():
+        for name, values in grads.items():
+            if name.startswith(f"stacks/{s}/{b}/"):
+                short = name.split("/layer/", 1)[1]
+                for turn, value in enumerate(values):
+                    layer = layers.first + turn * layers.stride
+                    named.append((layer, f"layer {layer}, {short}", float(value)))
+    return [(name, value) for _, name, value in sorted(named, key=lambda entry: -entry[0])]

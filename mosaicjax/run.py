@@ -1,0 +1,280 @@
+"""A run before its first step: data opened, recipe compared, step built, state drawn or restored."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mosaicjax import processes, recipe_file, storage
+from mosaicjax.checkpoint import Checkpoints, complete_steps, restore_params
+from mosaicjax.data.store import Store
+from mosaicjax.data.stream import HeldOut, Stream
+from mosaicjax.errors import InputError
+from mosaicjax.hardware import Price, find_chip
+from mosaicjax.log import BEFORE_FIRST_STEP
+from mosaicjax.models import flops
+from mosaicjax.models.decoder import Decoder
+from mosaicjax.recipe import Recipe, check_vocabulary
+from mosaicjax.recipe_file import Loaded
+from mosaicjax.step import Step, TrainState
+
+TOKENIZER = "tokenizer"
+RUN_JSON = "run.json"
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorstore",
+    "numpy",
+    "mosaicjax",
+)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands beside its state; saved with every checkpoint.
+
+    `skips` are data steps left out, `tokens` target tokens seen, `data` a digest of the training tokens,
+    `seconds` the time spent so far by part, earlier processes included.
+    """
+
+    step: int
+    tokens: int
+    data: str
+    seconds: dict[str, float]
+    seed: int
+    trainable: list[str]
+    skips: tuple[int, ...] = ()
+    phase: int = 0
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run is billed for.
+
+    `chips` of CPU machines are processes. `peak_flops` is one chip's in the compute dtype, None where nobody
+    states it.
+    """
+
+    name: str
+    chips: float
+    price: Price | None
+    peak_flops: float | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A token store, opened for a recipe."""
+
+    store: Store
+    stream: Stream
+    held_out: HeldOut | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that the loop needs, with nothing of it started."""
+
+    loaded: Loaded
+    out: str
+    data: Data
+    decoder: Decoder
+    step: Step
+    hardware: Hardware
+    flops_per_token: flops.Flops
+    cursor: Cursor
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.loaded.recipe
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Open and verify the recipe's store, before any device starts.
+
+    Raises:
+        InputError: no store, a damaged shard, a tokenizer larger than the model's vocabulary, too few tokens.
+    """
+    store = Store.open(recipe.data.path, verify=True)
+    check_vocabulary(recipe.model.build().dims["vocab"], store.manifest.tokenizer.size, recipe.data.path)
+    separator = store.manifest.tokenizer.separator
+    stream = Stream(
+        store.split("train"),
+        separator=separator,
+        seq=recipe.seq,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        isolate=recipe.data.isolate,
+    )
+    held_out = None
+    if store.manifest.splits["validation"].documents or recipe.eval.every:
+        validation = store.split("validation")
+        held_out = HeldOut(validation, separator=separator, seq=recipe.seq, isolate=recipe.data.isolate)
+    hashes = [
+        record.sha256 for name, record in sorted(store.manifest.files.items()) if name.startswith("train/")
+    ]
+    return Data(store, stream, held_out, hashlib.sha256("".join(hashes).encode()).hexdigest())
+
+
+def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
+    """Check everything, compare with what `out` holds, and build the step; all processes together.
+
+    Raises:
+        InputError: on every process, whichever found it.
+    """
+    recipe = loaded.recipe
+    with processes.refused_by_all("the recipe and its data"):
+        recipe.program()
+        data = open_data(recipe)
+        storage.make_dirs(out)
+        if storage.exists(storage.join(out, recipe_file.RECIPE_JSON)):
+            before = recipe_file.from_run(out).recipe
+            for change in recipe_file.check_continues(before, recipe, out):
+                say(f"changed since the last time: {change}")
+    latest = int(processes.broadcast_text(str(max(complete_steps(out), default=-1)), "the last checkpoint"))
+    with processes.refused_by_all("the mesh and the model"):
+        layout = recipe.mesh.build(jax.devices())
+        decoder, program = recipe.program()
+        step = Step(program, layout, recipe.seed, measure=recipe.log.norms)
+        cursor = Cursor(0, 0, data.digest, {}, recipe.seed, [name for name, _ in program.trainable.items()])
+        if latest >= 0:
+            cursor = read_cursor(out, latest, data.digest)
+    return Ready(
+        loaded, out, data, decoder, step, hardware(recipe), flops.per_token(decoder, recipe.seq), cursor
+    )
+
+
+def read_cursor(out: str, step: int, digest: str) -> Cursor:
+    """The cursor of a checkpoint.
+
+    Raises:
+        InputError: it was trained on other tokens than these.
+    """
+    saved = Checkpoints(out).cursor(step)
+    cursor = Cursor(**{**saved, "skips": tuple(saved["skips"])})
+    if cursor.data != digest:
+        raise InputError(
+            f"{out} was trained on other tokens than the store holds now",
+            expected=f"digest {cursor.data[:12]}",
+            got=digest[:12],
+            fix="the store it began with, or another --out",
+        )
+    return cursor
+
+
+def hardware(recipe: Recipe) -> Hardware:
+    """The chips at hand and their price: the recipe's, or else the list price."""
+    devices = jax.devices()
+    chip = find_chip(devices[0].device_kind)
+    if chip is None:
+        return Hardware(devices[0].device_kind, float(len(devices)), recipe.price, None)
+    chips = float(processes.current().count) if devices[0].platform == "cpu" else chip.chips(len(devices))
+    return Hardware(chip.name, chips, recipe.price or chip.price, chip.peak(recipe.dtypes.compute))
+
+
+def first_state(ready: Ready) -> TrainState:
+    """The state that the cursor points at: restored, from another run's weights, or drawn from the seed.
+
+    Raises:
+        InputError: a checkpoint of other weights.
+    """
+    step, recipe = ready.step, ready.recipe
+    if ready.cursor.step:
+        with Checkpoints(ready.out) as checkpoints:
+            restored: TrainState = checkpoints.restore(ready.cursor.step, step.abstract_state())
+        return restored
+    if recipe.init_from:
+        with processes.refused_by_all("init_from"):
+            steps = complete_steps(recipe.init_from)
+            if not steps:
+                raise InputError(
+                    "init_from has no checkpoint", expected="a run directory", got=recipe.init_from
+                )
+        weights = restore_params(
+            recipe.init_from, steps[-1], step.abstract_state().trainable, field="trainable"
+        )
+        return step.start(weights)
+    return step.init()
+
+
+def record(ready: Ready) -> None:
+    """Put into the run directory what it takes to run it again, and where it ran. The primary does it."""
+    if not processes.current().primary:
+        return
+    recipe_file.save(ready.out, ready.loaded)
+    for file in ready.data.store.tokenizer.files:
+        storage.copy_file(str(file), storage.join(ready.out, TOKENIZER, Path(file).name))
+    text = json.dumps(surroundings(ready), indent=1) + "\n"
+    storage.write_text(storage.join(ready.out, RUN_JSON), text)
+
+
+def surroundings(ready: Ready) -> dict[str, Any]:
+    """Command, versions, devices, seed, dtypes and code path of a run."""
+    devices = jax.devices()
+    return {
+        "command": shlex.join(["mosaicjax", *sys.argv[1:]]),
+        "git": git_commit(),
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+        "mesh": dict(ready.step.layout.mesh.shape),
+        "gather": ready.recipe.mesh.gather,
+        "attention": "reference",
+        "seed": ready.recipe.seed,
+        "dtypes": vars(ready.recipe.dtypes),
+        "parameters": ready.step.program.trainable.count(),
+        "data": ready.data.digest,
+        "first_step": ready.cursor.step,
+    }
+
+
+def git_commit() -> str:
+    """The commit of the source at hand, with `+changes` where it differs; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def resume_row(cursor: Cursor) -> int:
+    """The last step whose metrics stay when a run goes on."""
+    return cursor.step if cursor.step else BEFORE_FIRST_STEP
+
+
+def chips_text(ready: Ready) -> str:
+    """The model and where it runs, in one line."""
+    count = ready.step.program.trainable.count()
+    mesh = (
+        " x ".join(f"{name} {size}" for name, size in ready.step.layout.mesh.shape.items() if size > 1)
+        or "1 device"
+    )
+    tokens = ready.recipe.steps * ready.recipe.batch * ready.recipe.seq
+    return (
+        f"{count / 1e6:,.2f}M parameters on {mesh}; {ready.recipe.steps:,} steps, {tokens / 1e6:,.2f}M tokens"
+    )
+
+
+def epochs(ready: Ready) -> float:
+    """How often the run goes over its data."""
+    return ready.recipe.steps * ready.recipe.batch / max(ready.data.stream.rows_per_epoch, 1)

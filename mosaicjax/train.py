@@ -1,0 +1,353 @@
+"""The loop: from a recipe to a run directory that holds the model."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from types import FrameType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax import Array
+
+from mosaicjax import processes, storage
+from mosaicjax.checkpoint import Checkpoints
+from mosaicjax.errors import Diverged, InputError
+from mosaicjax.evaluate.heldout import Evaluator, Loss
+from mosaicjax.feed import Feed
+from mosaicjax.hardware import cost_usd, mfu
+from mosaicjax.log import MetricsLog
+from mosaicjax.nonfinite import first_nonfinite
+from mosaicjax.recipe import WHOLE
+from mosaicjax.report.live import LiveLine, Mfu, Progress
+from mosaicjax.report.summary import Heldout, Outcome, Seconds
+from mosaicjax.run import Ready, first_state, record, resume_row
+from mosaicjax.step import Signals
+
+GO, STOP, CANNOT_READ = 0, 1, 2
+"""What a process says with each step; the largest counts for all."""
+
+SPEED_STEPS = 20
+"""The live line's speed is the mean over so many steps."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Steps to trace: from the start of `first` to the end of `last`, counted from 1."""
+
+    first: int
+    last: int
+
+
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C, so that the loop can end at a step; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Clocks:
+    """Seconds by part, earlier processes included; `total` runs from when this process was started."""
+
+    def __init__(self, before: dict[str, float], started: float) -> None:
+        self._seconds = {
+            **dict.fromkeys(("total", "compile", "evaluate", "save", "data_wait", "train"), 0.0),
+            **before,
+        }
+        self._started = started
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the block's time to a part."""
+        began = time.perf_counter()
+        yield
+        self._seconds[part] += time.perf_counter() - began
+
+    def add(self, part: str, seconds: float) -> None:
+        """Count seconds to a part."""
+        self._seconds[part] += seconds
+
+    def seconds(self) -> Seconds:
+        """All parts as of now."""
+        return Seconds(**{**self._seconds, "total": self._seconds["total"] + time.time() - self._started})
+
+
+class Run:
+    """A run under way; what changes from step to step."""
+
+    def __init__(self, ready: Ready, started: float, say: Callable[[str], None], line: LiveLine) -> None:
+        self.ready, self.recipe, self.say, self.line = ready, ready.recipe, say, line
+        self.clocks = Clocks(ready.cursor.seconds, started)
+        self.primary = processes.current().primary
+        self.number = ready.cursor.step
+        self.tokens = ready.cursor.tokens
+        self.said = GO
+        self.last_loss = float("nan")
+        self.held_out: Loss | None = None
+        self.saved = ready.cursor.step
+        self._pending: tuple[int, dict[str, Array], dict[str, Array]] | None = None
+        self._evaluator: Evaluator | None = None
+        self._recent: deque[tuple[float, float]] = deque(maxlen=SPEED_STEPS)
+        self._mark = time.perf_counter()
+        self._waited = 0.0
+        self._tracing = False
+        save = self.recipe.save
+        self.log = MetricsLog(ready.out, tensorboard=self.recipe.log.tensorboard, primary=self.primary)
+        self.checkpoints = Checkpoints(ready.out, keep=save.keep, keep_every=save.keep_every or None)
+        with self.clocks.timed("compile"):
+            self.compiled = ready.step.lower().compile()
+        self.state = first_state(ready)
+        self.halted = jax.jit(lambda: False, out_shardings=ready.step.abstract_signals().halted.sharding)()
+
+    def loop(self, feed: Feed, stop: StopRequest, profile: Profile | None) -> None:
+        """Steps until the recipe's last, or until a process says stop."""
+        recipe = self.recipe
+        self.log.resume(resume_row(self.ready.cursor))
+        self._mark = time.perf_counter()
+        while self.number < recipe.steps and self.said == GO:
+            began = time.perf_counter()
+            batch = feed.next()
+            self._waited += time.perf_counter() - began
+            with self.traced(profile):
+                flag = CANNOT_READ if feed.failure else STOP if stop.asked else GO
+                self.state, self.halted, metrics = self.compiled(self.state, {}, batch, self.signals(flag))
+                self.flush()
+                self._pending = (self.number + 1, metrics, batch)
+                self.number += 1
+            if self.due(recipe.eval.every):
+                self.flush()
+                self.evaluate(recipe.eval.rows)
+            if self.due(recipe.save.every):
+                self.save()
+        self.end_trace()
+        self.flush()
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is due; the end of a run has its own."""
+        return every > 0 and self.number % every == 0 and self.number < self.recipe.steps
+
+    def signals(self, flag: int) -> Signals:
+        """What this process says to all with a step."""
+        stop = self.ready.step.abstract_signals().stop
+        mine = np.full(stop.shape, flag, np.int32)
+        return Signals(self.halted, jax.make_array_from_callback(stop.shape, stop.sharding, mine.__getitem__))
+
+    def flush(self) -> None:
+        """Read the metrics of the step before the one under way, log them, and heed what processes said."""
+        if self._pending is None:
+            return
+        number, metrics, batch = self._pending
+        self._pending = None
+        read = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.clocks.add("train", seconds - self._waited)
+        self.clocks.add("data_wait", self._waited)
+        self._waited = 0.0
+        if not read.pop("fine"):
+            self.diverged(number, read, batch)
+        self.said = max(self.said, int(read.pop("stop")))
+        step_tokens = round(float(read.pop("tokens")))
+        self.tokens += step_tokens
+        self.last_loss = float(read["loss"])
+        self._recent.append((step_tokens, seconds))
+        if number % self.recipe.log.every == 0 or number == self.recipe.steps:
+            values = {"tokens": self.tokens, **one_by_one(read)}
+            self.log.write("train", number, values, self.speed(step_tokens, seconds))
+        if self.primary:
+            self.line.show(self.progress(number))
+
+    def speed(self, tokens: float, seconds: float) -> dict[str, float]:
+        """The clock's side of a row of metrics."""
+        ready, hardware = self.ready, self.ready.hardware
+        values = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        total = self.clocks.seconds().total
+        values["elapsed_seconds"] = total
+        if hardware.peak_flops is not None:
+            rate = tokens / seconds
+            for name, count in asdict(ready.flops_per_token).items():
+                values[f"mfu_{name}"] = mfu(count * rate, hardware.chips, hardware.peak_flops)
+        if hardware.price is not None:
+            values["cost_usd"] = cost_usd(total, hardware.chips, hardware.price)
+        return values
+
+    def progress(self, number: int) -> Progress:
+        """What the live line shows."""
+        tokens = sum(tokens for tokens, _ in self._recent)
+        seconds = sum(seconds for _, seconds in self._recent)
+        speed = self.speed(tokens, seconds)
+        known = "mfu_full" in speed
+        return Progress(
+            step=number,
+            steps=self.recipe.steps,
+            loss=self.last_loss,
+            tokens_per_second=speed["tokens_per_second"],
+            seconds_left=(self.recipe.steps - number) * seconds / len(self._recent),
+            mfu=Mfu(causal=speed["mfu_causal"], full=speed["mfu_full"]) if known else None,
+            cost_usd=speed.get("cost_usd"),
+        )
+
+    def evaluate(self, rows: int) -> None:
+        """Held-out loss now, as a row of metrics."""
+        held_out = self.ready.data.held_out
+        if held_out is None:
+            return
+        if self._evaluator is None:
+            program = self.ready.step.program
+            sizes = self.ready.data.store.tokenizer.token_bytes
+            with self.clocks.timed("compile"):
+                self._evaluator = Evaluator(
+                    self.ready.decoder,
+                    self.ready.step.layout,
+                    program.dtypes,
+                    held_out,
+                    sizes,
+                    program.phase.microbatch,
+                )
+        began = time.perf_counter()
+        self.held_out = self._evaluator(self.state.trainable, rows)
+        seconds = time.perf_counter() - began
+        self.clocks.add("evaluate", seconds)
+        values = {**self.held_out.metrics(), "tokens": self.tokens}
+        self.log.write("eval", self.number, values, {"seconds": seconds})
+        if self.primary:
+            self.line.say(
+                f"step {self.number:,}: held-out loss {self.held_out.per_token:.4f},"
+                f" {self.held_out.bits_per_byte:.4f} bits/byte"
+            )
+        self._mark = time.perf_counter()
+
+    def save(self) -> None:
+        """A checkpoint of the state now, with all rows of metrics up to it on disk before."""
+        self.flush()
+        began = time.perf_counter()
+        self.log.sync()
+        seconds = asdict(self.clocks.seconds())
+        cursor = replace(self.ready.cursor, step=self.number, tokens=self.tokens, seconds=seconds)
+        self.checkpoints.save(self.number, self.state, asdict(cursor))
+        self.saved = self.number
+        self._mark = time.perf_counter()
+        self.clocks.add("save", self._mark - began)
+
+    def diverged(self, number: int, metrics: dict[str, Any], batch: dict[str, Array]) -> None:
+        """Stop at a step whose loss or gradient is not finite; the state is still the one before it.
+
+        Raises:
+            Diverged: with step, batch and the first layer that made it.
+        """
+        ready = self.ready
+        key = jax.random.fold_in(jax.random.key(self.recipe.seed), number - 1)
+        place = first_nonfinite(ready.step, ready.decoder, self.state.trainable, {}, batch, key)
+        self.number = number - 1
+        if self.number > self.saved:
+            self.save()
+        self.checkpoints.close()
+        first = ready.data.stream.data_step(number - 1) * self.recipe.batch
+        raise Diverged(
+            f"step {number}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])},"
+            f" first made by {place}; the batch is rows {first} to {first + self.recipe.batch - 1} of the"
+            f" data order; weights and optimizer are as before the step, saved at step {self.number}"
+        )
+
+    @contextlib.contextmanager
+    def traced(self, profile: Profile | None) -> Iterator[None]:
+        """Write a trace of the profile's steps into the run directory."""
+        if profile is not None and self.number + 1 == profile.first:
+            jax.profiler.start_trace(storage.join(self.ready.out, "profile"))
+            self._tracing = True
+        yield
+        if profile is not None and self.number == profile.last:
+            self.end_trace()
+
+    def end_trace(self) -> None:
+        """Write the trace, if one is being taken."""
+        if self._tracing:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+    def outcome(self) -> Outcome:
+        """What the run came to so far."""
+        held_out, hardware = self.held_out, self.ready.hardware
+        return Outcome(
+            steps=self.number,
+            tokens=self.tokens,
+            seconds=self.clocks.seconds(),
+            train_loss=self.last_loss,
+            heldout=None
+            if held_out is None
+            else Heldout(held_out.per_token, held_out.text_bytes / held_out.tokens),
+            chip=hardware.name,
+            chips=hardware.chips,
+            price=hardware.price,
+        )
+
+
+def one_by_one(metrics: dict[str, Any]) -> dict[str, float]:
+    """Metrics as numbers, each layer of a per-layer one by its place."""
+    values: dict[str, float] = {}
+    for name, value in metrics.items():
+        if np.ndim(value) == 0:
+            values[name] = float(value)
+        else:
+            values |= {f"{name}.{i}": float(entry) for i, entry in enumerate(value)}
+    return values
+
+
+def train(
+    ready: Ready,
+    *,
+    started: float,
+    say: Callable[[str], None],
+    line: LiveLine,
+    profile: Profile | None = None,
+) -> tuple[Run, bool]:
+    """Train to the recipe's last step, or until told to stop; True where it is finished.
+
+    `started` is when the process began (`time.time()`). The same call again goes on from the last checkpoint.
+
+    Raises:
+        InputError: data that cannot be read, on every process, with the steps so far saved.
+        Diverged: a loss or gradient that is not finite.
+    """
+    with StopRequest() as stop:
+        record(ready)
+        run = Run(ready, started, say, line)
+        with run.log, run.checkpoints:
+            with Feed(ready.data.stream, ready.step, run.number, ready.recipe.steps) as feed:
+                run.loop(feed, stop, profile)
+                failure = feed.failure
+            finished = run.number >= ready.recipe.steps
+            if finished:
+                run.evaluate(WHOLE)
+            if run.saved < run.number:
+                run.save()
+            with run.clocks.timed("save"):
+                run.checkpoints.wait()
+            run.line.end()
+            if run.said == CANNOT_READ:
+                processes.agree(failure, "reading the training data")
+                raise InputError(
+                    "a process cannot read the training data", fix="see the other processes' lines"
+                )
+    return run, finished

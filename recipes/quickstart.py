@@ -1,0 +1,43 @@
+"""An MPT-style model of Python code, trained from nothing in minutes on two CPU cores.
+
+    make quickstart
+
+or, once `make quickstart` has built its tokenizer and token store:
+
+    mosaicjax train recipes/quickstart.py --steps 50 --out runs/trial
+"""
+
+from mosaicjax.data.stream import TokenStore
+from mosaicjax.layers.norm import LayerNorm
+from mosaicjax.layers.position import Alibi
+from mosaicjax.losses import CrossEntropy
+from mosaicjax.mesh import fsdp
+from mosaicjax.methods.clip import ClipGradients
+from mosaicjax.models import mpt
+from mosaicjax.optim import AdamW, Cosine
+from mosaicjax.recipe import Eval, Recipe, Save
+from mosaicjax.spec import Dtypes
+
+recipe = Recipe(
+    model=mpt.Config(
+        layers=4,
+        embed=256,
+        heads=4,
+        mlp=4 * 256,
+        vocab=4_096,
+        position=Alibi(max_bias=8),
+        norm=LayerNorm(bias=False),
+    ),
+    data=TokenStore("build/quickstart/store"),
+    seq=256,
+    batch=16,
+    steps=1_000,
+    seed=17,
+    optimizer=AdamW(lr=Cosine(peak=2e-3, warmup=100, final=0.1), b1=0.9, b2=0.95),
+    loss=CrossEntropy(z_loss=1e-4),
+    methods=(ClipGradients(norm=1.0),),
+    mesh=fsdp(),
+    dtypes=Dtypes(param="float32", compute="float32", reduce="float32"),
+    eval=Eval(every=250, rows=64),
+    save=Save(every=250),
+)
