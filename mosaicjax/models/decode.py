@@ -98,10 +98,8 @@ def prefill(
     """
     length = tokens_BL.shape[1]
     assert length <= slots, (length, slots)
-    slots_BL = jnp.arange(length, dtype=jnp.int32)[None]
-    # Padding stays at the last token's position: a rotation that depends on length takes the row's largest.
-    positions_BL = jnp.minimum(slots_BL, lengths_B[:, None] - 1)
-    segments_BL = (slots_BL < lengths_B[:, None]).astype(jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens_BL.shape)
+    segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
     context = Context(layout, dtypes, positions_BL, segments_BL)
     # The prompts see caches of their own length: empty slots would cost as much attention as filled ones.
     caches = empty_caches(decoder, lengths_B, length, layout, dtypes)
