@@ -11,8 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mosaicjax.errors import InputError
+from mosaicjax.host_memory import own_pages
 
 Dims = Mapping[str, int]
 Tree = Any
@@ -200,28 +203,49 @@ class Spec:
 
         def draw(path: tuple[Any, ...], param: Param, place: Any) -> Array:
             if (param, place) not in compiled:
-                compiled[param, place] = jax.jit(self.drawer(param, dtype), out_shardings=place)
-            return jax.block_until_ready(compiled[param, place](jax.random.fold_in(key, name_hash(path))))
+                compiled[param, place] = jax.jit(self.drawer(param, dtype, place), out_shardings=place)
+            values = jax.block_until_ready(compiled[param, place](jax.random.fold_in(key, name_hash(path))))
+            give_back()
+            return values
 
-        return jax.tree_util.tree_map_with_path(draw, self.tree, shardings, is_leaf=is_param)
+        with own_pages() as give_back:
+            return jax.tree_util.tree_map_with_path(draw, self.tree, shardings, is_leaf=is_param)
 
-    def drawer(self, param: Param, dtype: DtypeName) -> Callable[[Array], Array]:
-        """A function from a weight's own key to its values, layer by layer."""
+    def drawer(self, param: Param, dtype: DtypeName, place: NamedSharding) -> Callable[[Array], Array]:
+        """A function from a weight's own key to its values, part by part so that the work space stays small.
+
+        The parts of a stacked weight are its layers; those of another are blocks along its first dim, as many
+        of `BLOCKS` as divide it. They are drawn side by side where `place` shards the first dim.
+        """
+        shape, layers = param.shape(self.dims), param.layers
+        if layers is None:
+            numbers = range(math.gcd(shape[0], BLOCKS))
+            inner = (shape[0] // len(numbers), *shape[1:])
+        else:
+            numbers = range(layers.first, layers.first + layers.stride * layers.count, layers.stride)
+            inner = shape[1:]
+        rest = (*place.spec, *(None,) * (len(shape) - len(place.spec)))[1:]
+        split = place.shard_shape(shape)[0] < shape[0]
+        within = NamedSharding(place.mesh, P(*(rest if layers else (None, *rest))))
 
         def draw(key: Array) -> Array:
-            shape = param.shape(self.dims)
-            if param.layers is None:
-                return param.init.draw(key, shape, self.dims).astype(dtype)
-            numbers = param.layers.first + param.layers.stride * jnp.arange(param.layers.count)
-            return jax.lax.map(
-                lambda n: param.init.draw(jax.random.fold_in(key, n), shape[1:], self.dims).astype(dtype),
-                numbers,
-            )
+            def part(number: Array) -> Array:
+                return param.init.draw(jax.random.fold_in(key, number), inner, self.dims).astype(dtype)
+
+            each = jnp.asarray(numbers, jnp.uint32)
+            if split:
+                return jax.vmap(part)(each).reshape(shape)
+            # Without the constraint every device would draw all of it in the loop.
+            parts = jax.lax.map(lambda n: jax.lax.with_sharding_constraint(part(n), within), each)
+            return parts.reshape(shape)
 
         return draw
 
 
 LAYER_KEY = "layer"
+
+BLOCKS = 64
+"""A weight that is not stacked is drawn in at most so many blocks."""
 
 
 def name_hash(path: tuple[Any, ...]) -> int:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mosaicjax"
 FLOORS = {
     "errors": 0,
     "storage": 0,
+    "host_memory": 0,
     "processes": 0,
     "spec": 0,
     "mesh": 0,
