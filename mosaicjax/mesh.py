@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +20,9 @@ from mosaicjax.spec import Dims, Dtypes, Param, Spec
 
 REST = -1
 """As many devices as the other axes leave."""
+
+GATHERED = "gathered"
+"""What a remat policy may call the weights that `gather` made whole."""
 
 BATCH = "batch"
 """The logical axis of rows: sharded over every axis that holds other data."""
@@ -205,7 +209,8 @@ def gather(weight: Array, param: Param, layout: Layout, dtypes: Dtypes) -> Array
     """A weight ready for use: cast to the compute dtype, then whole along the fsdp axes.
 
     Backward, its gradient is cast to the reduce dtype, summed over the devices that saw other rows and
-    left where the weight rests, in the param dtype. Within `shard_map` the sum over `data` is the caller's,
+    left where the weight rests, in the param dtype. The compiler may put its own sum before that cast, in the
+    compute dtype; the explicit form does not. Within `shard_map` the sum over `data` is the caller's,
     once for all microbatches.
 
     Shapes: `weight` is one layer's (no layers' dimension), as is the result.
@@ -227,14 +232,36 @@ def _gather(weight: Array, use: Use) -> Array:
     layout = use.layout
     whole = weight.astype(use.dtypes.compute)
     if not layout.manual:
-        return jax.lax.with_sharding_constraint(
-            whole, NamedSharding(layout.mesh, layout.partition(use.axes, skip=layout.fsdp_axes))
-        )
-    for dim, axis in enumerate(use.axes):
-        for name in reversed(layout.dim(axis)):
-            if name in layout.fsdp_axes:
-                whole = jax.lax.all_gather(whole, name, axis=dim, tiled=True)
-    return whole
+        # Held in place first: else the compiler gathers before the cast, and moves twice the bytes.
+        whole = jax.lax.with_sharding_constraint(whole, layout.sharding(*use.axes))
+        partition = layout.partition(use.axes, skip=layout.fsdp_axes)
+        whole = jax.lax.with_sharding_constraint(whole, NamedSharding(layout.mesh, partition))
+        return checkpoint_name(whole, GATHERED)
+
+    def collect(whole: Array) -> Array:
+        for dim, axis in enumerate(use.axes):
+            for name in reversed(layout.dim(axis)):
+                if name in layout.fsdp_axes:
+                    whole = jax.lax.all_gather(whole, name, axis=dim, tiled=True)
+        return whole
+
+    return checkpoint_name(_on_tensor_shards(collect, whole, use), GATHERED)
+
+
+def _on_tensor_shards(function: Callable[[Array], Array], x: Array, use: Use) -> Array:
+    """Collectives over the fsdp axes, each tensor shard for itself.
+
+    XLA cannot partition a collective within `shard_map` over an axis that is left to the compiler: it would
+    copy the weight to all tensor shards first.
+    """
+    layout = use.layout
+    if layout.mesh.shape["tensor"] == 1:
+        return function(x)
+    split = layout.partition(use.axes, skip=layout.batch_axes)
+    on_shards = jax.shard_map(
+        function, in_specs=split, out_specs=split, axis_names={"tensor"}, check_vma=False
+    )
+    return on_shards(x)
 
 
 def _gather_forward(weight: Array, use: Use) -> tuple[Array, None]:
@@ -246,15 +273,17 @@ def _gather_backward(use: Use, _: None, grad: Array) -> tuple[Array]:
     if not layout.manual:
         grad = jax.lax.with_sharding_constraint(grad, NamedSharding(layout.mesh, layout.partition(use.axes)))
         return (grad.astype(use.dtypes.param),)
-    left = list(layout.fsdp_axes)
-    for dim, axis in enumerate(use.axes):
-        for name in layout.dim(axis):
-            if name in left:
-                grad = jax.lax.psum_scatter(grad, name, scatter_dimension=dim, tiled=True)
-                left.remove(name)
-    if left:
-        grad = jax.lax.psum(grad, tuple(left))
-    return (grad.astype(use.dtypes.param),)
+
+    def collect(grad: Array) -> Array:
+        left = list(layout.fsdp_axes)
+        for dim, axis in enumerate(use.axes):
+            for name in layout.dim(axis):
+                if name in left:
+                    grad = jax.lax.psum_scatter(grad, name, scatter_dimension=dim, tiled=True)
+                    left.remove(name)
+        return jax.lax.psum(grad, tuple(left)) if left else grad
+
+    return (_on_tensor_shards(collect, grad, use).astype(use.dtypes.param),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -295,6 +324,7 @@ def global_array(layout: Layout, shape: tuple[int, ...], axes: Sequence[str | No
 
 __all__ = [
     "BATCH",
+    "GATHERED",
     "REST",
     "Dims",
     "Layout",

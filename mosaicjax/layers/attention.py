@@ -73,7 +73,8 @@ class Attention:
         """Refuse sizes that cannot be.
 
         Raises:
-            InputError: query heads that key heads do not divide, a negative knob, rows longer than the positions.
+            InputError: query heads that key heads do not divide, a negative knob, rows longer than
+                the positions.
         """
         if dims["heads"] % dims["kv_heads"]:
             raise InputError(

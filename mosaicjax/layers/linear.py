@@ -7,6 +7,10 @@ from functools import partial
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT = "product"
+"""What a remat policy may call the result of `linear`."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -21,7 +25,7 @@ def linear(x: Array, weight: Array, summed: int = 1) -> Array:
     rows, inner = x.shape[: x.ndim - summed], weight.shape[:summed]
     out = weight.shape[summed:]
     flat = x.reshape(math.prod(rows), math.prod(inner)) @ weight.reshape(math.prod(inner), math.prod(out))
-    return flat.reshape(*rows, *out)
+    return checkpoint_name(flat.reshape(*rows, *out), PRODUCT)
 
 
 def _forward(x: Array, weight: Array, summed: int) -> tuple[Array, tuple[Array, Array]]:

@@ -15,18 +15,19 @@ from mosaicjax.errors import InputError
 from mosaicjax.layers.block import Block
 from mosaicjax.layers.context import KV, Context, RowOnly, dropout
 from mosaicjax.layers.inits import InitRule, Kaiming
-from mosaicjax.layers.linear import scores_of
+from mosaicjax.layers.linear import PRODUCT, scores_of
 from mosaicjax.layers.norm import LayerNorm, Norm
 from mosaicjax.layers.position import Position
-from mosaicjax.mesh import BATCH, gather_tree
+from mosaicjax.mesh import BATCH, GATHERED, gather_tree
 from mosaicjax.spec import LAYER_KEY, Dims, Layers, Param, Spec, at_least_float32, stacked
 
 
 class Remat(Enum):
     """What the backward pass keeps of a layer, and what it computes again.
 
-    NONE keeps all, FULL only each layer's input; DOTS keeps matrix products with weights, QKV and ATTENTION
-    the projections or attention's output alone, both named in the layers.
+    NONE keeps all activations, FULL only each layer's input; DOTS keeps matrix products with weights, QKV and
+    ATTENTION the projections or attention's output alone, both named in the layers. No policy keeps gathered
+    weights: they are gathered again.
     """
 
     NONE = "none"
@@ -37,17 +38,32 @@ class Remat(Enum):
 
     def wrap(self, function: Any) -> Any:
         """The function under this policy."""
-        policies = jax.checkpoint_policies
         match self:
             case Remat.NONE:
-                return function
+                policy = _all_but_gathered
             case Remat.FULL:
                 return jax.checkpoint(function, prevent_cse=False)
             case Remat.DOTS:
-                policy = policies.dots_with_no_batch_dims_saveable
+                policy = _products
             case Remat.QKV | Remat.ATTENTION:
-                policy = policies.save_only_these_names(self.value)
+                policy = jax.checkpoint_policies.save_only_these_names(self.value)
         return jax.checkpoint(function, prevent_cse=False, policy=policy)
+
+
+def _named(primitive: Any, params: dict[str, Any], name: str) -> bool:
+    """Whether a call of a function with its own gradient, which a policy sees from outside, holds a name."""
+    if primitive.name != "custom_vjp_call":
+        return False
+    inner = params["call_jaxpr"].eqns
+    return any(eqn.primitive.name == "name" and eqn.params["name"] == name for eqn in inner)
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    return not _named(primitive, params, GATHERED)
+
+
+def _products(primitive: Any, *_: Any, **params: Any) -> bool:
+    return _named(primitive, params, PRODUCT)
 
 
 @dataclass(frozen=True)
