@@ -63,6 +63,6 @@ def nll(logits_BLV: Array, targets_BL: Array) -> tuple[Array, Array]:
     Units: nats.
     """
     lse_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    chosen_BLV = jnp.arange(logits_BLV.shape[-1])[None, None] == targets_BL[..., None]
+    chosen_BLV = jnp.arange(logits_BLV.shape[-1], dtype=targets_BL.dtype)[None, None] == targets_BL[..., None]
     chosen_BL = jnp.sum(jnp.where(chosen_BLV, logits_BLV, jnp.zeros_like(logits_BLV)), axis=-1)
     return lse_BL - chosen_BL, lse_BL

@@ -31,13 +31,11 @@ class Schedule:
         """The share of the peak, `done` steps after the warm-up, of `rest` in all."""
         return jnp.ones_like(jnp.asarray(done, jnp.float32))
 
-    def build(self, steps: int) -> Rate:
-        """The rate of each step of a run of so many.
-
-        A run that is shorter than the warm-up ends within it.
+    def check(self, steps: int) -> None:
+        """Refuse a schedule that cannot be, for a run of so many steps.
 
         Raises:
-            InputError: a rate or a warm-up that cannot be.
+            InputError: with the knob, expected and got.
         """
         if self.warmup < 0 or self.peak <= 0:
             raise InputError(
@@ -45,6 +43,16 @@ class Schedule:
                 expected="a peak above 0 and a warm-up of 0 or more steps",
                 got=f"peak {self.peak:g}, warmup {self.warmup}",
             )
+
+    def build(self, steps: int) -> Rate:
+        """The rate of each step of a run of so many.
+
+        A run that is shorter than the warm-up ends within it.
+
+        Raises:
+            InputError: see `check`.
+        """
+        self.check(steps)
 
         def rate(step: ArrayLike) -> ArrayLike:
             count = jnp.asarray(step, jnp.float32)
@@ -69,6 +77,11 @@ class Cosine(Schedule):
 
     final: float = 0.1
 
+    def check(self, steps: int) -> None:
+        """See `Schedule.check`; `final` is a share."""
+        super().check(steps)
+        _check_share("Cosine.final", self.final)
+
     def after(self, done: ArrayLike, rest: int) -> ArrayLike:
         """See `Schedule.after`."""
         part = jnp.minimum(jnp.asarray(done) / rest, 1.0)
@@ -80,6 +93,11 @@ class Linear(Schedule):
     """A straight line from the peak to `final` of it."""
 
     final: float = 0.0
+
+    def check(self, steps: int) -> None:
+        """See `Schedule.check`; `final` is a share."""
+        super().check(steps)
+        _check_share("Linear.final", self.final)
 
     def after(self, done: ArrayLike, rest: int) -> ArrayLike:
         """See `Schedule.after`."""
@@ -96,15 +114,11 @@ class Wsd(Schedule):
     decay: int = 0
     final: float = 0.0
 
-    def build(self, steps: int) -> Rate:
-        """See `Schedule.build`; the decay must fit behind the warm-up."""
-        if not 0 <= self.decay <= steps - self.warmup:
-            raise InputError(
-                "WSD decay",
-                expected=f"0 to {steps - self.warmup} steps (those after the warm-up)",
-                got=self.decay,
-            )
-        return super().build(steps)
+    def check(self, steps: int) -> None:
+        """See `Schedule.check`; the decay must fit behind the warm-up."""
+        super().check(steps)
+        _check_share("Wsd.final", self.final)
+        _check_fits("Wsd.decay", self.decay, steps - self.warmup)
 
     def after(self, done: ArrayLike, rest: int) -> ArrayLike:
         """See `Schedule.after`."""
@@ -120,6 +134,11 @@ class InverseSqrt(Schedule):
     """
 
     cooldown: int = 0
+
+    def check(self, steps: int) -> None:
+        """See `Schedule.check`; the cool-down must fit behind the warm-up."""
+        super().check(steps)
+        _check_fits("InverseSqrt.cooldown", self.cooldown, steps - self.warmup)
 
     def after(self, done: ArrayLike, rest: int) -> ArrayLike:
         """See `Schedule.after`."""
@@ -142,6 +161,8 @@ class Optimizer:
 
     def decay_share(self, weight_decay: float) -> float:
         """optax's decay for ours: a step at the peak rate takes `weight_decay` of a weight."""
+        if not 0 <= weight_decay < 1:
+            raise InputError("weight_decay", expected="a share of a weight, 0 to below 1", got=weight_decay)
         return weight_decay / self.lr.peak
 
 
@@ -200,6 +221,16 @@ class Lion(Optimizer):
             weight_decay=self.decay_share(self.weight_decay),
             mask=spec.map(lambda param: param.decay),
         )
+
+
+def _check_share(what: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise InputError(what, expected="a share of the peak, 0 to 1", got=share)
+
+
+def _check_fits(what: str, steps: int, rest: int) -> None:
+    if not 0 <= steps <= max(rest, 0):
+        raise InputError(what, expected=f"0 to {max(rest, 0)} steps (those after the warm-up)", got=steps)
 
 
 def _check_betas(b1: float, b2: float) -> None:

@@ -1,0 +1,169 @@
+"""Optimizers against their papers' formulas in float64, schedules against hand calculation."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mosaicjax import optim
+from mosaicjax.errors import InputError
+from mosaicjax.optim import AdamW, Cosine, InverseSqrt, Linear, Lion, Schedule, Wsd
+from mosaicjax.spec import ONES, Param, Spec
+
+SPEC = Spec(
+    {"matrix": Param(("embed", "mlp"), ONES), "norm": {"scale": Param(("embed",), ONES, decay=False)}},
+    {"embed": 4, "mlp": 3},
+)
+STEPS = 12
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        (optim.Constant(peak=2.0, warmup=4), 9, {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 8: 2.0}),
+        (Schedule(peak=2.0), 9, {0: 2.0, 8: 2.0}),
+        (Cosine(peak=1.0, warmup=4, final=0.1), 12, {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.55, 12: 0.1, 50: 0.1}),
+        (Cosine(peak=1.0, final=0.0), 12, {0: 1.0, 2: 0.5 + 0.25 * 3**0.5, 4: 0.75, 6: 0.5, 12: 0.0}),
+        (Linear(peak=2.0, final=0.5), 10, {0: 2.0, 5: 1.5, 10: 1.0, 11: 1.0}),
+        (Linear(peak=2.0, warmup=2), 10, {0: 1.0, 1: 2.0, 2: 2.0, 4: 1.5, 10: 0.0}),
+        (Wsd(peak=1.0, warmup=2, decay=4), 10, {0: 0.5, 2: 1.0, 6: 1.0, 7: 0.75, 8: 0.5, 10: 0.0}),
+        (Wsd(peak=1.0, decay=0), 10, {0: 1.0, 9: 1.0, 10: 1.0}),
+        (Wsd(peak=1.0, decay=10, final=0.5), 10, {0: 1.0, 5: 0.75, 10: 0.5}),
+        (InverseSqrt(peak=1.0, warmup=4), 100, {0: 0.25, 4: 1.0, 16: 0.5, 64: 0.25}),
+        (
+            InverseSqrt(peak=1.0, warmup=4, cooldown=36),
+            104,
+            {68: (4 / 68) ** 0.5, 86: 0.5 * (4 / 68) ** 0.5, 104: 0.0},
+        ),
+        (Wsd(peak=1.0, warmup=10), 5, {0: 0.1, 4: 0.5}),
+        (Cosine(peak=1.0, warmup=5), 5, {0: 0.2, 4: 1.0}),
+    ],
+)
+def test_schedules_by_hand(schedule, steps, expected):
+    rate = schedule.build(steps)
+    for step, value in expected.items():
+        assert float(rate(step)) == pytest.approx(value, abs=2e-7), step
+
+
+@settings(max_examples=15)
+@given(
+    kind=st.sampled_from([optim.Constant, Cosine, Linear, Wsd, InverseSqrt]),
+    warmup=st.integers(0, 20),
+    steps=st.integers(20, 60),
+)
+def test_rates_stay_between_nothing_and_the_peak(kind, warmup, steps):
+    rate = kind(peak=0.3, warmup=warmup).build(steps)
+    rates = np.asarray(rate(np.arange(steps)))
+    assert (rates > 0).all()
+    assert rates.max() == np.float32(0.3)
+    assert (np.diff(rates[:warmup]) > 0).all()
+    assert (np.diff(rates[warmup:]) <= 1e-7).all()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (Cosine(peak=0.0), "learning rate; expected a peak above 0 and a warm-up of 0 or more steps"),
+        (Cosine(warmup=-1), "got peak 0.0006, warmup -1"),
+        (Cosine(final=10.0), "Cosine.final; expected a share of the peak, 0 to 1; got 10.0"),
+        (Linear(final=-0.1), "Linear.final"),
+        (Wsd(final=2.0), "Wsd.final"),
+        (Wsd(warmup=4, decay=9), "Wsd.decay; expected 0 to 8 steps (those after the warm-up); got 9"),
+        (InverseSqrt(warmup=4, cooldown=9), "InverseSqrt.cooldown; expected 0 to 8 steps"),
+    ],
+)
+def test_schedules_that_do_not_fit(schedule, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        schedule.build(STEPS)
+
+
+def trajectory(optimizer, steps=STEPS):
+    """Weights after each step under random gradients, ours and the gradients."""
+    rng = np.random.default_rng(0)
+    weights = SPEC.map(lambda param: jnp.asarray(rng.standard_normal(param.shape(SPEC.dims)), jnp.float32))
+    transform = optimizer.build(SPEC, steps)
+    state = transform.init(weights)
+    path, all_grads = [weights], []
+
+    @jax.jit
+    def update(weights, state, grads):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = transform.update(grads, state, weights)
+            return optax.apply_updates(weights, updates), state
+
+    for _ in range(steps):
+        grads = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), weights)
+        weights, state = update(weights, state, grads)
+        path.append(weights)
+        all_grads.append(grads)
+    return path, all_grads, state
+
+
+def wide(leaf):
+    return np.asarray(leaf).astype(np.float64)
+
+
+def test_adamw_is_composers_decoupled_adamw():
+    optimizer = AdamW(lr=Linear(peak=0.1, warmup=3, final=0.2), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.02)
+    path, all_grads, _ = trajectory(optimizer)
+    rate = optimizer.lr.build(STEPS)
+    for pick, decay in ((lambda tree: tree["matrix"], 0.02), (lambda tree: tree["norm"]["scale"], 0.0)):
+        weight = wide(pick(path[0]))
+        mean, square = np.zeros_like(weight), np.zeros_like(weight)
+        for t in range(STEPS):
+            lr, grad = float(rate(t)), wide(pick(all_grads[t]))
+            mean = 0.8 * mean + 0.2 * grad
+            square = 0.95 * square + 0.05 * grad**2
+            corrected = (mean / (1 - 0.8 ** (t + 1))) / (np.sqrt(square / (1 - 0.95 ** (t + 1))) + 1e-3)
+            weight = weight * (1 - decay * lr / 0.1) - lr * corrected
+            np.testing.assert_allclose(pick(path[t + 1]), weight, rtol=2e-5, atol=2e-6)
+
+
+def test_lion_is_composers_decoupled_lion():
+    optimizer = Lion(lr=Cosine(peak=0.1, warmup=3), b1=0.7, b2=0.9, weight_decay=0.02)
+    path, all_grads, _ = trajectory(optimizer)
+    rate = optimizer.lr.build(STEPS)
+    for pick, decay in ((lambda tree: tree["matrix"], 0.02), (lambda tree: tree["norm"]["scale"], 0.0)):
+        weight, momentum = wide(pick(path[0])), 0.0
+        for t in range(STEPS):
+            lr, grad = float(rate(t)), wide(pick(all_grads[t]))
+            weight = weight * (1 - decay * lr / 0.1) - lr * np.sign(0.7 * momentum + 0.3 * grad)
+            momentum = 0.9 * momentum + 0.1 * grad
+            np.testing.assert_allclose(pick(path[t + 1]), weight, rtol=2e-5, atol=2e-6)
+
+
+def test_a_step_at_the_peak_takes_the_decay_and_no_more():
+    # With no gradient Adam's own update is 0: what is left of a weight is decay alone.
+    optimizer = AdamW(lr=optim.Constant(peak=1e-3), weight_decay=0.25)
+    transform = optimizer.build(SPEC, 5)
+    weights = SPEC.map(lambda param: jnp.ones(param.shape(SPEC.dims)))
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = transform.update(jax.tree.map(jnp.zeros_like, weights), transform.init(weights), weights)
+    assert (np.asarray(updates["matrix"]) == -0.25).all()
+    assert (np.asarray(updates["norm"]["scale"]) == 0).all()
+
+
+@pytest.mark.parametrize("kind", [AdamW, Lion])
+def test_momentum_dtype_is_kept(kind):
+    _, _, state = trajectory(kind(momentum_dtype="bfloat16"), steps=2)
+    momentum = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.bfloat16]
+    assert sum(leaf.size for leaf in momentum) == SPEC.count()
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(b1=1.0), AdamW(b2=-0.1), Lion(b2=1.0)])
+def test_betas_that_cannot_be(optimizer):
+    with pytest.raises(InputError, match="optimizer b1 and b2; expected 0 to below 1"):
+        optimizer.build(SPEC, STEPS)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(weight_decay=-0.1), AdamW(weight_decay=1.5), Lion(weight_decay=-1.0)]
+)
+def test_decay_that_cannot_be(optimizer):
+    with pytest.raises(InputError, match="weight_decay; expected a share of a weight, 0 to below 1"):
+        optimizer.build(SPEC, STEPS)
