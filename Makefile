@@ -11,6 +11,8 @@ INSTALLED := $(VENV)/.installed-$(MINOR)
 
 RUN := runs/quickstart
 BUILD := build/quickstart
+# Python files without test suites and installed packages; every twentieth file is held out.
+CORPUS := --include '*.py' --exclude site-packages --exclude test --exclude tests --exclude idle_test --held-out 0.05
 
 export JAX_PLATFORMS ?= cpu
 
@@ -18,7 +20,7 @@ export JAX_PLATFORMS ?= cpu
 
 help:
 	@echo "make install     the locked environment in $(VENV) (every target below does this first)"
-	@echo "make quickstart  tokenizer, token store, a small model and a sample of it, in minutes on a CPU"
+	@echo "make quickstart  tokenizer, token store, a small model, a resume and a sample, in minutes on a CPU"
 	@echo "make test        the fast tests"
 	@echo "make test-slow   the slow tests and those against peer libraries"
 	@echo "make soak        random kills and resumes, for as long as SOAK_MINUTES says"
@@ -66,11 +68,12 @@ quickstart: $(INSTALLED)
 	rm -rf $(BUILD) $(RUN)
 	mkdir -p $(BUILD)
 	stdlib=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))') && \
-	$(VENV)/bin/mosaicjax data train-tokenizer "$$stdlib" --out $(BUILD)/tokenizer --vocab 4096 \
-		--exclude site-packages --exclude test --exclude idlelib && \
-	$(VENV)/bin/mosaicjax data build "$$stdlib" --out $(BUILD)/store --tokenizer $(BUILD)/tokenizer \
-		--exclude site-packages --exclude test --exclude idlelib
+	$(VENV)/bin/mosaicjax data train-tokenizer "$$stdlib" --out $(BUILD)/tokenizer --vocab 4096 $(CORPUS) && \
+	$(VENV)/bin/mosaicjax data build "$$stdlib" --out $(BUILD)/store --tokenizer $(BUILD)/tokenizer $(CORPUS)
+	@echo "training for 60 s; then SIGTERM, as a scheduler would; then the same command goes on"
+	timeout --signal=TERM 60 $(VENV)/bin/mosaicjax train recipes/quickstart.py --out $(RUN) || test $$? -eq 124
 	$(VENV)/bin/mosaicjax train recipes/quickstart.py --out $(RUN)
+	$(VENV)/bin/mosaicjax evaluate $(RUN)
 	$(VENV)/bin/mosaicjax generate $(RUN) --prompt "def read_lines(path):"
 
 lock:

@@ -8,6 +8,7 @@ or, once `make quickstart` has built its tokenizer and token store:
 """
 
 from mosaicjax.data.stream import TokenStore
+from mosaicjax.hardware import Price
 from mosaicjax.layers.norm import LayerNorm
 from mosaicjax.layers.position import Alibi
 from mosaicjax.losses import CrossEntropy
@@ -30,14 +31,15 @@ recipe = Recipe(
     ),
     data=TokenStore("build/quickstart/store"),
     seq=256,
-    batch=16,
-    steps=1_000,
+    batch=8,
+    steps=600,
     seed=17,
-    optimizer=AdamW(lr=Cosine(peak=2e-3, warmup=100, final=0.1), b1=0.9, b2=0.95),
+    optimizer=AdamW(lr=Cosine(peak=2e-3, warmup=50, final=0.1), b1=0.9, b2=0.95),
     loss=CrossEntropy(z_loss=1e-4),
     methods=(ClipGradients(norm=1.0),),
     mesh=fsdp(),
     dtypes=Dtypes(param="float32", compute="float32", reduce="float32"),
-    eval=Eval(every=250, rows=64),
-    save=Save(every=250),
+    eval=Eval(every=200, rows=64),
+    save=Save(every=200),
+    price=Price(0.10, "an assumption, for a small cloud machine: put yours here", "2026-11-23"),
 )
