@@ -137,15 +137,17 @@ def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from mosaicjax import recipe_file
-
-    loaded = recipe_file.load(options.recipe, options.rest)
-    if options.show_overrides:
-        print("\n".join(f"{option} {value!r}" for option, value in recipe_file.options(loaded.recipe)))
-        return 0
     profile = _profile(options.profile)
+    if not options.show_overrides:
+        _start(options)
+    from mosaicjax import processes, recipe_file
+
+    with processes.refused_by_all("the recipe"):
+        loaded = recipe_file.load(options.recipe, options.rest)
+    if options.show_overrides:
+        print("\n".join(f"{option} {value}" for option, value in recipe_file.options(loaded.recipe)))
+        return 0
     out = options.out or (options.recipe if not options.recipe.endswith(".py") else f"runs/{loaded.name}")
-    _start(options)
     from mosaicjax.finish import train_and_finish
 
     return train_and_finish(loaded, out, started=STARTED, profile=profile)

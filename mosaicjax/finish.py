@@ -23,7 +23,7 @@ from mosaicjax.mesh import shardings
 from mosaicjax.recipe_file import Loaded, from_run
 from mosaicjax.report.curve import draw_curve
 from mosaicjax.report.live import LiveLine
-from mosaicjax.report.summary import summary_line, write_summary
+from mosaicjax.report.summary import SUMMARY, summary_line, write_summary
 from mosaicjax.run import chips_text, epochs, open_data, prepare
 from mosaicjax.train import Profile, Run, train
 
@@ -39,6 +39,8 @@ def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple
         InputError: as `prepare` and `train`.
         Diverged: as `train`.
     """
+    if profile and storage.is_remote(out):
+        raise InputError("--profile writes to this machine alone", got=out, fix="an --out on this machine")
     primary = processes.current().primary
     line = LiveLine(sys.stdout, time.monotonic)
 
@@ -48,7 +50,8 @@ def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple
 
     ready = prepare(loaded, out, say)
     say(chips_text(ready) + f", {epochs(ready):.2f} epochs; into {out}")
-    if ready.cursor.step >= ready.recipe.steps:
+    # A run that was killed between its last checkpoint and its summary has yet to be finished.
+    if ready.cursor.step >= ready.recipe.steps and storage.exists(storage.join(out, SUMMARY)):
         say(f"finished already, at step {ready.cursor.step:,}; more --steps go on from there")
         return 0
     if ready.cursor.step:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.program import Batch, DecoderLoss
@@ -32,9 +34,11 @@ def first_nonfinite(
         grads, (_, weight, sums, _) = accumulate(measured, trainable, frozen, {}, batch, key, layout)
         return sums, dict(rms_by_layer(step.program.trainable, grads))
 
+    # Replicated, since a process can read nothing else of a job's arrays.
+    compiled = jax.jit(look, out_shardings=NamedSharding(layout.mesh, P()))
     for m in range(step.program.phase.microbatches):
         one = {name: array[m : m + 1] for name, array in batch.items()}
-        sums, grads = jax.device_get(jax.jit(look)(trainable, one))
+        sums, grads = jax.device_get(compiled(trainable, one))
         places = ["the embeddings", *(f"layer {n}" for n in range(decoder.layers))]
         for place, value in zip(places, sums["activation_rms"], strict=True):
             if not np.isfinite(value):
@@ -44,7 +48,7 @@ def first_nonfinite(
         wrong = [place for place in backward_order(decoder, grads) if not np.isfinite(place[1])]
         if wrong:
             return f"{wrong[0][0]} (its gradient; microbatch {m})"
-    return "the sum over microbatches or the optimizer's input"
+    return "the sum over microbatches, or the optimizer's update"
 
 
 def backward_order(decoder: Decoder, grads: dict[str, Any]) -> list[tuple[str, float]]:

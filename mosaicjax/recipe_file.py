@@ -9,11 +9,12 @@ import importlib
 import importlib.util
 import io
 import json
-import re
+import shlex
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,6 +36,7 @@ SAFE_CHANGES = (
     "microbatch",
     "mesh",
     "model.remat",
+    "data.path",
     "loss.chunk",
     "optimizer.lr",
     "optimizer.weight_decay",
@@ -43,7 +45,10 @@ SAFE_CHANGES = (
     "log",
     "price",
 )
-"""What a run may change when it goes on: these leave weights, optimizer state and data order as they were."""
+"""What a run may change when it goes on: these leave weights, optimizer state and data order as they were.
+
+Tokens may lie elsewhere, but a checkpoint's digest of them must still fit.
+"""
 
 
 @dataclass(frozen=True)
@@ -140,28 +145,42 @@ def override(recipe: Recipe, arguments: Sequence[str], program: str) -> Recipe:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            changed = tyro.cli(
-                tyro.conf.AvoidSubcommands[Recipe], default=recipe, args=list(arguments), prog=program
-            )
+            form: Any = tyro.conf.FlagConversionOff[tyro.conf.AvoidSubcommands[Recipe]]
+            changed = tyro.cli(form, default=recipe, args=list(arguments), prog=program)
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", said.getvalue()).split())
-        raise InputError(f"override: {text.split(' For full helptext')[0]}") from stopped
+        raise InputError(f"override: {_unboxed(said.getvalue())}") from stopped
     assert isinstance(changed, Recipe)
     return changed
 
 
+def _unboxed(said: str) -> str:
+    """What tyro says in a box with a title, which is drawn in dashes where the locale is plain."""
+    lines = [line.strip(" │") for line in said.splitlines()[1:]]
+    text = " ".join(line for line in lines if line.strip("-─╰╯"))
+    return text.split(" For full helptext")[0]
+
+
 def _same_option(given: str, option: str) -> bool:
-    given, option = (name.lstrip("-").replace("_", "-") for name in (given, option))
-    return given == option or given == ".".join(
-        [*option.split(".")[:-1], "no-" + option.split(".")[-1]]
-    ).lstrip(".")
+    return given.replace("_", "-") == option
 
 
-def options(recipe: Recipe) -> list[tuple[str, Any]]:
-    """Every option that `override` takes for this recipe, dotted, with its value."""
-    return [(f"--{name.replace('_', '-')}", value) for name, value in flat(recipe).items()]
+def options(recipe: Recipe) -> list[tuple[str, str]]:
+    """Every option that `override` takes for this recipe, dotted, with its value as one would type it.
+
+    A part that is None has no options: only the recipe's file can give one.
+    """
+    fields = flat(recipe).items()
+    return [(f"--{name.replace('_', '-')}", _typed(value)) for name, value in fields if value is not None]
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_typed, value))
+    if isinstance(value, Mapping):
+        return " ".join(_typed(part) for pair in value.items() for part in pair)
+    return value.name if isinstance(value, Enum) else shlex.quote(str(value))
 
 
 def option_names(recipe: Recipe) -> list[str]:
@@ -170,7 +189,7 @@ def option_names(recipe: Recipe) -> list[str]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A recipe's fields by dotted name; a part that could be another class also appears by its class."""
+    """A recipe's fields by dotted name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts: dict[str, Any] = {}
         for field in dataclasses.fields(value):
@@ -199,16 +218,39 @@ def converter() -> cattrs.Converter:
         }
         return {"type": tag(type(value)), **fields}
 
-    def put_together(value: Mapping[str, Any], declared: type) -> Any:
+    def put_together(value: Any, declared: type) -> Any:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{RECIPE_JSON}: a part is no object", expected=declared.__name__, got=value)
         kind = _class(value.get("type", ""), declared)
         hints = get_type_hints(kind)
         names = {field.name for field in dataclasses.fields(kind)}
         unknown = set(value) - names - {"type"}
         if unknown:
             raise InputError(f"{RECIPE_JSON}: {kind.__name__} has no {', '.join(sorted(unknown))}")
-        fields = {name: convert.structure(value[name], hints[name]) for name in names if name in value}
+        fields = {}
+        for name in sorted(names & set(value)):
+            try:
+                fields[name] = convert.structure(value[name], hints[name])
+            except InputError:
+                raise
+            except (TypeError, ValueError, cattrs.BaseValidationError) as error:
+                hint = hints[name]
+                raise InputError(
+                    f"{RECIPE_JSON}: {kind.__name__}.{name}",
+                    expected=hint.__name__ if isinstance(hint, type) else hint,
+                    got=value[name],
+                ) from error
         return kind(**fields)
 
+    def plain(value: Any, declared: type) -> Any:
+        # bool("False") is true and int(3.5) is 3: what is not there as such is refused.
+        accepted = (int, float) if declared is float else declared
+        if not isinstance(value, accepted) or isinstance(value, bool) != (declared is bool):
+            raise TypeError(f"{value!r} is no {declared.__name__}")
+        return declared(value)
+
+    for declared in (bool, int, float, str):
+        convert.register_structure_hook(declared, plain)
     convert.register_unstructure_hook_func(dataclasses.is_dataclass, take_apart)
     convert.register_structure_hook_func(dataclasses.is_dataclass, put_together)
     return convert
@@ -240,13 +282,8 @@ def from_json(text: str) -> Recipe:
     """
     try:
         recipe = converter().structure(json.loads(text), Recipe)
-    except (json.JSONDecodeError, cattrs.BaseValidationError, TypeError) as error:
-        reasons = (
-            "; ".join(cattrs.transform_error(error))
-            if isinstance(error, cattrs.BaseValidationError)
-            else error
-        )
-        raise InputError(f"{RECIPE_JSON} cannot be read", got=reasons) from error
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{RECIPE_JSON} cannot be read", got=error) from error
     return recipe
 
 
@@ -281,7 +318,8 @@ class Change:
         return any(self.name == safe or self.name.startswith(safe + ".") for safe in SAFE_CHANGES)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.before} -> {self.after}"
+        before, after = ("(empty)" if value == "" else value for value in (self.before, self.after))
+        return f"{self.name}: {before} -> {after}"
 
 
 def changes(before: Recipe, after: Recipe) -> list[Change]:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mosaicjax.data.store import Store
 from mosaicjax.data.stream import HeldOut, Stream
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, find_chip
-from mosaicjax.log import BEFORE_FIRST_STEP
+from mosaicjax.log import BEFORE_FIRST_STEP, METRICS, read_rows
 from mosaicjax.models import flops
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe, check_vocabulary
@@ -154,9 +154,20 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         cursor = Cursor(0, 0, data.digest, {}, recipe.seed, [name for name, _ in program.trainable.items()])
         if latest >= 0:
             cursor = read_cursor(out, latest, data.digest)
+        elif recipe.init_from:
+            weights_step(recipe.init_from)
+        cursor = replace(cursor, seconds=seconds_spent(out, cursor.seconds))
     return Ready(
         loaded, out, data, decoder, step, hardware(recipe), flops.per_token(decoder, recipe.seq), cursor
     )
+
+
+def seconds_spent(out: str, saved: dict[str, float]) -> dict[str, float]:
+    """A checkpoint's seconds, with those that a killed process spent after it: they are paid for too."""
+    if not storage.exists(storage.join(out, METRICS)):
+        return saved
+    logged = [row["time"].get("elapsed_seconds", 0.0) for row in read_rows(out)]
+    return {**saved, "total": max([saved.get("total", 0.0), *logged])}
 
 
 def read_cursor(out: str, step: int, digest: str) -> Cursor:
@@ -200,16 +211,22 @@ def first_state(ready: Ready) -> TrainState:
         return restored
     if recipe.init_from:
         with processes.refused_by_all("init_from"):
-            steps = complete_steps(recipe.init_from)
-            if not steps:
-                raise InputError(
-                    "init_from has no checkpoint", expected="a run directory", got=recipe.init_from
-                )
-        weights = restore_params(
-            recipe.init_from, steps[-1], step.abstract_state().trainable, field="trainable"
-        )
+            latest = weights_step(recipe.init_from)
+        weights = restore_params(recipe.init_from, latest, step.abstract_state().trainable, field="trainable")
         return step.start(weights)
     return step.init()
+
+
+def weights_step(run: str) -> int:
+    """The step of the weights that another run starts from: its newest checkpoint's.
+
+    Raises:
+        InputError: it has none.
+    """
+    steps = complete_steps(run)
+    if not steps:
+        raise InputError("init_from has no checkpoint", expected="a run directory", got=run)
+    return steps[-1]
 
 
 def record(ready: Ready) -> None:
@@ -219,6 +236,8 @@ def record(ready: Ready) -> None:
     recipe_file.save(ready.out, ready.loaded)
     for file in ready.data.store.tokenizer.files:
         storage.copy_file(str(file), storage.join(ready.out, TOKENIZER, Path(file).name))
+    named = json.dumps({"eos_token": ready.data.store.manifest.tokenizer.separator_token})
+    storage.write_text(storage.join(ready.out, TOKENIZER, "tokenizer_config.json"), named + "\n")
     text = json.dumps(surroundings(ready), indent=1) + "\n"
     storage.write_text(storage.join(ready.out, RUN_JSON), text)
 
@@ -230,7 +249,7 @@ def surroundings(ready: Ready) -> dict[str, Any]:
         "command": shlex.join(["mosaicjax", *sys.argv[1:]]),
         "git": git_commit(),
         "python": sys.version.split()[0],
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
         "mesh": dict(ready.step.layout.mesh.shape),
         "gather": ready.recipe.mesh.gather,
@@ -241,6 +260,14 @@ def surroundings(ready: Ready) -> dict[str, Any]:
         "data": ready.data.digest,
         "first_step": ready.cursor.step,
     }
+
+
+def version(package: str) -> str:
+    """A package's version; "not installed" where it is found on the path alone, as in a bare checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def git_commit() -> str:

@@ -51,8 +51,8 @@ def show(recipe: Recipe, devices: int) -> Iterator[str]:
     yield ""
     yield (
         f"{recipe.steps:,} steps x {recipe.batch:,} rows x {recipe.seq:,} tokens = {format_count(tokens)}"
-        f" tokens; {format_count(cost.causal)} FLOPs a token (causal attention; {format_count(cost.full)} full),"
-        f" {format_count(cost.causal * tokens)} in all"
+        f" tokens; {format_count(cost.causal)} FLOPs a token (causal attention;"
+        f" {format_count(cost.full)} full), {format_count(cost.causal * tokens)} in all"
     )
     data = open_data(recipe)
     yield ""

@@ -41,7 +41,7 @@ class TrainState:
 class Signals:
     """What passes through a step beside the state.
 
-    `halted`: a loss or gradient was not finite at an earlier step; nothing is changed any more. `stop`, one
+    `halted`: a loss, gradient or update was not finite at an earlier step; nothing is changed any more. `stop`, one
     flag a device: 1 where a process wants all to stop, 2 where it cannot go on.
     """
 
@@ -172,11 +172,13 @@ class Step:
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(program.rate(state.step)),
         }
-        fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & ~signals.halted
         # optax raises Python floats to integer counts, which strict promotion (our tests') refuses.
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, optimizer = program.optimizer.update(grads, state.optimizer, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
+        metrics["update_norm"] = optax.tree.norm(updates)
+        finite = [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm", "update_norm")]
+        fine = jnp.all(jnp.stack(finite)) & ~signals.halted
         if self.measure:
             metrics |= {f"grad_rms/{name}": value for name, value in rms_by_layer(program.trainable, grads)}
             metrics |= {

@@ -21,7 +21,7 @@ from mosaicjax.errors import Diverged, InputError
 from mosaicjax.evaluate.heldout import Evaluator, Loss
 from mosaicjax.feed import Feed
 from mosaicjax.hardware import cost_usd, mfu
-from mosaicjax.log import MetricsLog
+from mosaicjax.log import MetricsLog, Row, read_rows
 from mosaicjax.nonfinite import first_nonfinite
 from mosaicjax.recipe import WHOLE
 from mosaicjax.report.live import LiveLine, Mfu, Progress
@@ -123,6 +123,8 @@ class Run:
         """Steps until the recipe's last, or until a process says stop."""
         recipe = self.recipe
         self.log.resume(resume_row(self.ready.cursor))
+        if self.number >= recipe.steps and (row := self.logged("train")):
+            self.last_loss = row["loss"]
         self._mark = time.perf_counter()
         while self.number < recipe.steps and self.said == GO:
             began = time.perf_counter()
@@ -225,17 +227,30 @@ class Run:
                     program.phase.microbatch,
                 )
         began = time.perf_counter()
-        self.held_out = self._evaluator(self.state.trainable, rows)
+        try:
+            self.held_out = self._evaluator(self.state.trainable, rows)
+        except InputError:
+            if self.number > self.saved:
+                self.save()
+            raise
         seconds = time.perf_counter() - began
         self.clocks.add("evaluate", seconds)
         values = {**self.held_out.metrics(), "tokens": self.tokens}
-        self.log.write("eval", self.number, values, {"seconds": seconds})
+        if self.logged("eval") is None:
+            self.log.write("eval", self.number, values, {"seconds": seconds})
         if self.primary:
             self.line.say(
                 f"step {self.number:,}: held-out loss {self.held_out.per_token:.4f},"
                 f" {self.held_out.bits_per_byte:.4f} bits/byte"
             )
         self._mark = time.perf_counter()
+
+    def logged(self, kind: str) -> Row | None:
+        """This step's row by an earlier process; there is one where only the run's end was missing."""
+        if self.number > self.ready.cursor.step or not self.primary:
+            return None
+        rows = read_rows(self.ready.out)
+        return next((row for row in rows if (row["kind"], row["step"]) == (kind, self.number)), None)
 
     def save(self) -> None:
         """A checkpoint of the state now, with all rows of metrics up to it on disk before."""
@@ -263,10 +278,12 @@ class Run:
             self.save()
         self.checkpoints.close()
         first = ready.data.stream.data_step(number - 1) * self.recipe.batch
+        kept = "weights and optimizer are as before the step, "
+        kept += f"saved at step {self.number}" if self.number else "which was the first: nothing is saved"
         raise Diverged(
             f"step {number}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])},"
             f" first made by {place}; the batch is rows {first} to {first + self.recipe.batch - 1} of the"
-            f" data order; weights and optimizer are as before the step, saved at step {self.number}"
+            f" data order; {kept}"
         )
 
     @contextlib.contextmanager
@@ -331,8 +348,9 @@ def train(
         Diverged: a loss or gradient that is not finite.
     """
     with StopRequest() as stop:
-        record(ready)
         run = Run(ready, started, say, line)
+        with processes.refused_by_all("writing the run directory"):
+            record(ready)
         with run.log, run.checkpoints:
             with Feed(ready.data.stream, ready.step, run.number, ready.recipe.steps) as feed:
                 run.loop(feed, stop, profile)

@@ -41,3 +41,29 @@ def shared_data():
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory):
+    """A token store of 300 short documents, some 10% of them held out."""
+    from tests import tiny
+
+    return tiny.build_store(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_store):
+    """A recipe file for it."""
+    from tests import tiny
+
+    return tiny.write_recipe(tiny_store.parent / "tiny.py", tiny_store)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_recipe, tmp_path_factory):
+    """A finished run of the recipe's 6 steps, with norms and a trace of steps 2 and 3; only to be read."""
+    from tests import tiny
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    tiny.train(tiny_recipe, out, "--log.norms", "True", "--profile", "2:3")
+    return out

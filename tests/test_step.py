@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mosaicjax.errors import InputError
@@ -250,6 +251,14 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     before, state, halted, metrics = call(state, batch, halted=True, stop=2)
     assert (int(state.step), halted, bool(metrics["fine"]), int(metrics["stop"])) == (1, True, False, 2)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
+    # Finite gradients, and a moment of the optimizer that takes the update past the largest float32.
+    spoiled = optax.tree_utils.tree_set(
+        state.optimizer, mu=jax.tree.map(lambda leaf: leaf * 0 + 1e35, state.trainable)
+    )
+    before, state, halted, metrics = call(state.replace(optimizer=spoiled), batch)
+    assert np.isfinite(float(metrics["grad_norm"])) and (halted, bool(metrics["fine"])) == (True, False)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state), before)
+    state = step.init()
     empty = batch | {"weights": np.zeros_like(batch["weights"])}
     _, state, halted, metrics = call(state, empty)
     assert (float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["tokens"])) == (0, 0, 0)
