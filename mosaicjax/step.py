@@ -41,8 +41,8 @@ class TrainState:
 class Signals:
     """What passes through a step beside the state.
 
-    `halted`: a loss, gradient or update was not finite at an earlier step; nothing is changed any more. `stop`, one
-    flag a device: 1 where a process wants all to stop, 2 where it cannot go on.
+    `halted`: a loss, gradient or update was not finite at an earlier step; nothing is changed any more.
+    `stop`, one flag a device: 1 where a process wants all to stop, 2 where it cannot go on.
     """
 
     halted: Any
@@ -176,8 +176,9 @@ class Step:
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, optimizer = program.optimizer.update(grads, state.optimizer, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
-        metrics["update_norm"] = optax.tree.norm(updates)
-        finite = [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm", "update_norm")]
+        # The update entry by entry: its norm may overflow where no entry does.
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
+        finite += [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm")]
         fine = jnp.all(jnp.stack(finite)) & ~signals.halted
         if self.measure:
             metrics |= {f"grad_rms/{name}": value for name, value in rms_by_layer(program.trainable, grads)}

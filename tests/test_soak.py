@@ -25,6 +25,10 @@ def drawn_options(rng):
     )
 
 
+def eight_devices(*command):
+    return [tiny.launch(*command, devices=8, optimised=True)]
+
+
 @pytest.mark.soak
 def test_no_kill_leaves_a_trace(tiny_recipe, tmp_path):
     seed = int(os.environ.get("SOAK_SEED", str(random.randrange(10**6))))
