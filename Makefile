@@ -16,7 +16,7 @@ CORPUS := --include '*.py' --exclude site-packages --exclude test --exclude test
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help install quickstart test test-slow soak lint format lock clean
+.PHONY: help install quickstart check-quickstart test test-slow soak lint format lock clean
 
 help:
 	@echo "make install     the locked environment in $(VENV) (every target below does this first)"
@@ -75,6 +75,9 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/mosaicjax train recipes/quickstart.py --out $(RUN)
 	$(VENV)/bin/mosaicjax evaluate $(RUN)
 	$(VENV)/bin/mosaicjax generate $(RUN) --prompt "def read_lines(path):"
+
+check-quickstart: $(INSTALLED)
+	$(PY) tests/check_quickstart.py $(RUN)
 
 lock:
 	rm -rf build/lock

@@ -6,7 +6,6 @@ What takes long to import is imported by the command that needs it, so that `--h
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -120,7 +119,7 @@ def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
     build = _command(steps, "build", _data_build, "turn documents into a token store")
     tokenizer = _command(steps, "train-tokenizer", _data_tokenizer, "learn a byte-level BPE from documents")
     for command in (build, tokenizer):
-        command.add_argument("sources", nargs="+", help="folders, .txt, .jsonl (.gz, .xz)")
+        command.add_argument("sources", nargs="+", help="folders, .txt, .jsonl[.gz|.xz]")
         command.add_argument("--out", required=True)
         command.add_argument(
             "--held-out", type=float, default=0.01, help="share of documents kept for evaluation"
@@ -217,17 +216,21 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _data_build(options: argparse.Namespace) -> int:
     from mosaicjax.data.build import build
 
-    build(
+    manifest = build(
         options.sources,
         options.out,
         tokenizer=options.tokenizer,
         held_out=options.held_out,
         seed=options.seed,
-        workers=options.workers or os.cpu_count() or 1,
+        workers=options.workers,
         include=options.include,
         exclude=options.exclude,
         field=options.field,
     )
+    for name, counts in manifest.splits.items():
+        print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")
+    if manifest.skipped:
+        print("left out: " + ", ".join(f"{count:,} {why}" for why, count in manifest.skipped.items()))
     return 0
 
 

@@ -17,7 +17,7 @@ from mosaicjax.checkpoint import complete_steps, restore_params
 from mosaicjax.errors import InputError
 from mosaicjax.evaluate.compression import gzip_held_out
 from mosaicjax.evaluate.heldout import Evaluator
-from mosaicjax.generate import Sampling, generate, load_run
+from mosaicjax.generate import ONE_DEVICE, Sampling, generate, load_run
 from mosaicjax.log import read_rows
 from mosaicjax.mesh import shardings
 from mosaicjax.recipe_file import Loaded, from_run
@@ -57,6 +57,12 @@ def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple
     if ready.cursor.step:
         say(f"going on after step {ready.cursor.step:,}")
     traced = Profile(*profile) if profile else None
+    if traced and not ready.cursor.step < traced.first <= traced.last <= ready.recipe.steps:
+        raise InputError(
+            "--profile: these steps are not run now",
+            expected=f"steps of {ready.cursor.step + 1} to {ready.recipe.steps}",
+            got=f"{traced.first}:{traced.last}",
+        )
     run, finished = train(ready, started=started, say=say, line=line, profile=traced)
     if not finished:
         say(f"stopped and saved at step {run.number:,}; the same command goes on from there")
@@ -68,17 +74,17 @@ def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple
 def finish(run: Run, say: Callable[[str], None]) -> None:
     """The curve, a sample and the summary of a finished run; the primary writes them."""
     ready = run.ready
+    if run.primary:
+        draw(ready.out)
+        outcome = run.outcome()
+        write_summary(ready.out, outcome)
+        say(summary_line(outcome))
     text = sample(run)
-    if not run.primary:
-        return
-    draw(ready.out)
-    outcome = run.outcome()
-    write_summary(ready.out, outcome)
-    if text:
-        storage.write_text(storage.join(ready.out, SAMPLE), text + "\n")
-        say(f"a sample:\n{text}\n")
-    say(summary_line(outcome))
-    say(f"in {ready.out}: {CURVE}, metrics.jsonl, summary.json, {SAMPLE if text else 'checkpoints'}")
+    if run.primary:
+        if text:
+            storage.write_text(storage.join(ready.out, SAMPLE), text + "\n")
+            say(f"a sample:\n{text}\n")
+        say(f"in {ready.out}: {CURVE}, metrics.jsonl, summary.json{', ' + SAMPLE if text else ''}")
 
 
 def sample(run: Run) -> str:
@@ -86,18 +92,19 @@ def sample(run: Run) -> str:
     ready = run.ready
     if processes.current().count > 1:
         return ""
-    settings = Sampling(max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=ready.recipe.seed)
-    with run.clocks.timed("evaluate"):
-        completions = generate(
-            ready.decoder,
-            run.state.trainable,
-            ready.step.layout,
-            ready.recipe.dtypes,
-            ready.data.store.tokenizer,
-            [""],
-            settings,
-            lambda index, text: None,
-        )
+    settings = Sampling(
+        max_tokens=min(SAMPLE_TOKENS, ready.recipe.seq), temperature=0.8, seed=ready.recipe.seed
+    )
+    completions = generate(
+        ready.decoder,
+        run.state.trainable,
+        ready.step.layout,
+        ready.recipe.dtypes,
+        ready.data.store.tokenizer,
+        [""],
+        settings,
+        lambda index, text: None,
+    )
     return completions[0].text
 
 
@@ -121,12 +128,13 @@ def evaluate_run(out: str) -> Iterator[str]:
     steps = complete_steps(out)
     if not steps or data.held_out is None:
         raise InputError(f"{out} cannot be evaluated", expected="a checkpoint, and held-out documents")
-    layout = recipe.mesh.build(jax.devices())
+    layout = ONE_DEVICE.build(jax.devices()[:1])
     decoder, program = recipe.program()
     abstract = program.trainable.abstract(program.dtypes.param, shardings(program.trainable, layout))
     weights = restore_params(out, steps[-1], abstract, field="trainable")
     sizes = data.store.tokenizer.token_bytes
-    evaluator = Evaluator(decoder, layout, program.dtypes, data.held_out, sizes, program.phase.microbatch)
+    rows, chunk = program.phase.microbatch, recipe.loss.chunk
+    evaluator = Evaluator(decoder, layout, program.dtypes, data.held_out, sizes, rows, chunk)
     loss = evaluator(weights)
     text = gzip_held_out(data.store)
     yield f"{out}, step {steps[-1]:,}, on {text.documents:,} held-out documents of {text.text_bytes:,} bytes:"

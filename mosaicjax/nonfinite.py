@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mosaicjax.models.decoder import Decoder
-from mosaicjax.program import Batch, DecoderLoss
+from mosaicjax.program import ACTIVATION_SQUARES, Batch, DecoderLoss
 from mosaicjax.step import Step, accumulate, rms_by_layer
 
 
@@ -40,7 +40,7 @@ def first_nonfinite(
         one = {name: array[m : m + 1] for name, array in batch.items()}
         sums, grads = jax.device_get(compiled(trainable, one))
         places = ["the embeddings", *(f"layer {n}" for n in range(decoder.layers))]
-        for place, value in zip(places, sums["activation_rms"], strict=True):
+        for place, value in zip(places, sums[ACTIVATION_SQUARES], strict=True):
             if not np.isfinite(value):
                 return f"{place} (its output; microbatch {m})"
         if not np.isfinite(sums["loss"]):

@@ -19,6 +19,8 @@ from mosaicjax.models.decoder import Decoder
 from mosaicjax.optim import Rate
 from mosaicjax.spec import Dtypes, Spec
 
+ACTIVATION_SQUARES = "activation_mean_square"
+
 Batch = Mapping[str, Array]
 """`tokens`, `targets`, `weights` [B, L]; `row` [B], each row's number in the global batch; packed rows also
 have `segments` and `positions` [B, L]."""
@@ -99,7 +101,7 @@ class DecoderLoss:
     """The loss of a decoder on rows of tokens.
 
     `packed` rows bring segments and positions; others are one segment from position 0. With `measure` the
-    metrics hold the root mean square of every layer's output.
+    metrics hold the mean square of every layer's output.
     """
 
     decoder: Decoder
@@ -126,7 +128,9 @@ class DecoderLoss:
         if self.measure:
             assert output.embed_rms is not None and output.rms_N is not None
             measured = jnp.concatenate([output.embed_rms[None], output.rms_N])
-            metrics["activation_rms"] = jax.lax.stop_gradient(measured).astype(weight.dtype) * weight
+            # Squares, which the step averages over rows before it takes the root.
+            squares = jnp.square(jax.lax.stop_gradient(measured).astype(weight.dtype))
+            metrics[ACTIVATION_SQUARES] = squares * weight
         return terms.objective, weight, metrics, state
 
     def context(self, batch: Batch, layout: Layout, keys_B: Array | None = None) -> Context:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
+
 from mosaicjax.data.stream import TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
@@ -59,7 +61,8 @@ class Recipe:
 
     Units: `seq` target tokens a row; `batch` rows a step over all devices; `microbatch` rows at once over all
     devices (WHOLE: the batch), which changes memory and rounding but not the gradient. `methods` are applied
-    in the order listed. `init_from` is a run whose weights start this one ("": drawn from the seed). `price`
+    in the order listed. `skips` are data steps left out, counted from 0 (past a batch that brought a NaN).
+    `init_from` is a run whose weights start this one ("": drawn from the seed). `price`
     overrides the list price of the chip.
     """
 
@@ -79,6 +82,7 @@ class Recipe:
     save: Save = Save()
     log: Log = Log()
     init_from: str = ""
+    skips: tuple[int, ...] = ()
     price: Price | None = None
 
     def check(self) -> None:
@@ -100,6 +104,13 @@ class Recipe:
         if self.microbatch > self.batch:
             raise InputError(
                 "microbatch", expected=f"at most the batch's {self.batch} rows", got=self.microbatch
+            )
+        if self.seed >= 2**32:
+            raise InputError("seed of the recipe", expected="below 2**32", got=self.seed)
+        wide = [name for name, dtype in vars(self.dtypes).items() if dtype == "float64"]
+        if wide and not jax.config.read("jax_enable_x64"):
+            raise InputError(
+                f"dtypes.{wide[0]} float64 needs 64 bits in jax", fix="JAX_ENABLE_X64=1 before the command"
             )
         self.model.build().check(self.seq)
         self.loss.check(self.seq)

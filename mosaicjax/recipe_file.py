@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -37,6 +38,7 @@ SAFE_CHANGES = (
     "mesh",
     "model.remat",
     "data.path",
+    "skips",
     "loss.chunk",
     "optimizer.lr",
     "optimizer.weight_decay",
@@ -47,7 +49,8 @@ SAFE_CHANGES = (
 )
 """What a run may change when it goes on: these leave weights, optimizer state and data order as they were.
 
-Tokens may lie elsewhere, but a checkpoint's digest of them must still fit.
+Tokens may lie elsewhere, but a checkpoint's digest of them must still fit; steps may be left out that are
+still to come.
 """
 
 
@@ -320,6 +323,27 @@ class Change:
     def __str__(self) -> str:
         before, after = ("(empty)" if value == "" else value for value in (self.before, self.after))
         return f"{self.name}: {before} -> {after}"
+
+
+def code(source: str) -> str:
+    """What a recipe file defines beside the recipe itself, whatever its comments and layout."""
+    body = ast.parse(source).body
+    kept = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return "\n".join(ast.dump(node) for node in kept)
+
+
+def check_code(before: Loaded, after: Loaded, run: str) -> None:
+    """Refuse to go on with classes or functions of a recipe's file that were edited.
+
+    Raises:
+        InputError: they differ from those that the run began with.
+    """
+    if f'"{MODULE}:' in to_json(after.recipe) and code(before.source) != code(after.source):
+        raise InputError(
+            f"{run} was trained by other code: the classes in the recipe's file were edited",
+            expected=f"those of {storage.join(run, RECIPE_SOURCE)}",
+            fix=f"another --out, with --init-from {run} to start from its weights",
+        )
 
 
 def changes(before: Recipe, after: Recipe) -> list[Change]:

@@ -119,6 +119,7 @@ def open_data(recipe: Recipe) -> Data:
         seq=recipe.seq,
         batch=recipe.batch,
         seed=recipe.seed,
+        skips=recipe.skips,
         isolate=recipe.data.isolate,
     )
     held_out = None
@@ -142,24 +143,45 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         recipe.program()
         data = open_data(recipe)
         storage.make_dirs(out)
-        if storage.exists(storage.join(out, recipe_file.RECIPE_JSON)):
-            before = recipe_file.from_run(out).recipe
-            for change in recipe_file.check_continues(before, recipe, out):
+        steps = complete_steps(out)
+        # Before its first checkpoint a run has nothing that another recipe could contradict.
+        if steps and storage.exists(storage.join(out, recipe_file.RECIPE_JSON)):
+            before = recipe_file.from_run(out)
+            recipe_file.check_code(before, loaded, out)
+            for change in recipe_file.check_continues(before.recipe, recipe, out):
                 say(f"changed since the last time: {change}")
-    latest = int(processes.broadcast_text(str(max(complete_steps(out), default=-1)), "the last checkpoint"))
+    check_alike(loaded, data.digest)
+    latest = int(processes.broadcast_text(str(max(steps, default=-1)), "the last checkpoint"))
     with processes.refused_by_all("the mesh and the model"):
         layout = recipe.mesh.build(jax.devices())
         decoder, program = recipe.program()
         step = Step(program, layout, recipe.seed, measure=recipe.log.norms)
         cursor = Cursor(0, 0, data.digest, {}, recipe.seed, [name for name, _ in program.trainable.items()])
         if latest >= 0:
-            cursor = read_cursor(out, latest, data.digest)
+            cursor = read_cursor(out, latest, data)
         elif recipe.init_from:
             weights_step(recipe.init_from)
-        cursor = replace(cursor, seconds=seconds_spent(out, cursor.seconds))
+        cursor = replace(cursor, skips=recipe.skips, seconds=seconds_spent(out, cursor.seconds))
     return Ready(
         loaded, out, data, decoder, step, hardware(recipe), flops.per_token(decoder, recipe.seq), cursor
     )
+
+
+def check_alike(loaded: Loaded, digest: str) -> None:
+    """Refuse a job whose processes were given different recipes or hold different data.
+
+    Raises:
+        InputError: on every process, naming those that differ from the first.
+    """
+    said = recipe_file.to_json(loaded.recipe) + recipe_file.code(loaded.source) + digest
+    mine = hashlib.sha256(said.encode()).hexdigest()
+    digests = processes.exchange(mine, "what was given to each process")
+    other = [index for index, theirs in enumerate(digests) if theirs != digests[0]]
+    if other:
+        raise InputError(
+            f"process {', '.join(map(str, other))} was given another recipe or other data than process 0",
+            fix="the same recipe, overrides and token store everywhere",
+        )
 
 
 def seconds_spent(out: str, saved: dict[str, float]) -> dict[str, float]:
@@ -170,20 +192,28 @@ def seconds_spent(out: str, saved: dict[str, float]) -> dict[str, float]:
     return {**saved, "total": max([saved.get("total", 0.0), *logged])}
 
 
-def read_cursor(out: str, step: int, digest: str) -> Cursor:
+def read_cursor(out: str, step: int, data: Data) -> Cursor:
     """The cursor of a checkpoint.
 
     Raises:
-        InputError: it was trained on other tokens than these.
+        InputError: it was trained on other tokens than these, or with other steps left out.
     """
     saved = Checkpoints(out).cursor(step)
     cursor = Cursor(**{**saved, "skips": tuple(saved["skips"])})
-    if cursor.data != digest:
+    if cursor.data != data.digest:
         raise InputError(
             f"{out} was trained on other tokens than the store holds now",
             expected=f"digest {cursor.data[:12]}",
-            got=digest[:12],
+            got=data.digest[:12],
             fix="the store it began with, or another --out",
+        )
+    reached = step + len(cursor.skips)
+    past, now = (
+        tuple(skip for skip in skips if skip < reached) for skips in (cursor.skips, data.stream.skips)
+    )
+    if past != now:
+        raise InputError(
+            f"{out} has left out other data steps so far", expected=f"skips that begin {past}", got=now
         )
     return cursor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import BATCH, Layout, shardings
-from mosaicjax.program import Batch, Loss, Phase, Program
+from mosaicjax.program import ACTIVATION_SQUARES, Batch, Loss, Phase, Program
 from mosaicjax.spec import Param, Spec, Tree, at_least_float32, is_param, path_name
 
 Sums = tuple[Array, Array, dict[str, Array], Any]
@@ -167,6 +166,8 @@ class Step:
         share = 1.0 / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
         grads = jax.tree.map(lambda grad: grad * share.astype(grad.dtype), grads)
         metrics = {name: value * share.astype(value.dtype) for name, value in sums.items()}
+        if ACTIVATION_SQUARES in metrics:
+            metrics["activation_rms"] = jnp.sqrt(metrics.pop(ACTIVATION_SQUARES))
         metrics |= {
             "tokens": weight,
             "grad_norm": optax.tree.norm(grads),
@@ -287,6 +288,3 @@ def check_batch(phase: Phase, layout: Layout) -> None:
                 got=rows,
                 fix=f"set {name} or the mesh",
             )
-
-
-Compiled = Callable[[TrainState, Any, Batch, Signals], tuple[TrainState, Array, dict[str, Array]]]

@@ -225,6 +225,7 @@ class Run:
                     held_out,
                     sizes,
                     program.phase.microbatch,
+                    self.recipe.loss.chunk,
                 )
         began = time.perf_counter()
         try:
@@ -283,7 +284,7 @@ class Run:
         raise Diverged(
             f"step {number}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])},"
             f" first made by {place}; the batch is rows {first} to {first + self.recipe.batch - 1} of the"
-            f" data order; {kept}"
+            f" data order (without it: --skips {first // self.recipe.batch}); {kept}"
         )
 
     @contextlib.contextmanager
@@ -356,10 +357,10 @@ def train(
                 run.loop(feed, stop, profile)
                 failure = feed.failure
             finished = run.number >= ready.recipe.steps
-            if finished:
-                run.evaluate(WHOLE)
             if run.saved < run.number:
                 run.save()
+            if finished:
+                run.evaluate(WHOLE)
             with run.clocks.timed("save"):
                 run.checkpoints.wait()
             run.line.end()

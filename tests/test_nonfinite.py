@@ -34,7 +34,7 @@ def test_the_step_the_rows_and_the_first_layer_are_named(tiny_run, tmp_path, cap
     # Step 8 is the second batch of 8 rows after 6: rows 56 to 63 of the data order.
     expected = (
         r"step 8: loss \S+, gradient norm nan, first made by layer 1 \(its output; microbatch 0\);"
-        r" the batch is rows 56 to 63 of the data order;"
+        r" the batch is rows 56 to 63 of the data order \(without it: --skips 7\);"
         r" weights and optimizer are as before the step, saved at step 7"
     )
     assert all(re.fullmatch(expected, line) for line in lines), lines
@@ -62,7 +62,7 @@ def test_a_weight_that_is_nan_is_found(tiny_run, tiny_recipe, tmp_path, capsys, 
     assert tiny.run("train", tiny_recipe, "--init-from", source, "--out", out, *NO_EVAL) == DIVERGED
     assert refusal(capsys) == (
         f"step 1: loss nan, gradient norm nan, first made by {place};"
-        " the batch is rows 0 to 7 of the data order;"
+        " the batch is rows 0 to 7 of the data order (without it: --skips 0);"
         " weights and optimizer are as before the step, which was the first: nothing is saved"
     )
     assert tiny.complete(out) == [] and tiny.metrics(out) == []

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mosaicjax import recipe_file
+from mosaicjax.checkpoint import Checkpoints
 from mosaicjax.errors import InputError
 from mosaicjax.feed import Feed
 from mosaicjax.report.live import LiveLine
@@ -389,3 +390,91 @@ def held_out_documents(store):
     texts = {json.loads(line)["text"].encode() for line in lines}
     assert set(pieces) <= texts and len(pieces) == len(set(pieces))
     return pieces
+
+
+def test_skipped_data_steps_are_left_out_and_may_be_added_later(tiny_recipe, tiny_run, tmp_path, capsys):
+    stream = opened(tiny_recipe, tmp_path / "plain").data.stream
+    skipping = opened(tiny_recipe, tmp_path / "skipping", "--skips", 2, 5).data.stream
+    for step, data_step in enumerate([0, 1, 3, 4, 6]):
+        ours, plain = skipping.rows(step, range(8)), stream.rows(data_step, range(8))
+        np.testing.assert_array_equal(ours["tokens"], plain["tokens"])
+    out = tiny.copy_run(tiny_run, tmp_path / "run", until=3)
+    # Data steps 0 to 2 are trained by then: 4 can still be left out, 1 cannot.
+    assert tiny.run("train", out, "--skips", 1) == 2
+    assert "has left out other data steps so far" in capsys.readouterr().err
+    assert tiny.run("train", out, "--skips", 4, "--steps", 5, *NO_EVAL) == 0
+    assert "skips: [] -> [4]" in capsys.readouterr().out
+    losses, whole = tiny.losses(out), tiny.losses(tiny_run)
+    np.testing.assert_array_equal(losses[:3], whole[:3])
+    assert json.loads((out / "recipe.json").read_text())["skips"] == [4]
+    cursor = Checkpoints(str(out)).cursor(5)
+    assert (cursor["skips"], cursor["tokens"]) == ([4], 5 * 8 * 32)
+
+
+OWN_ATTENTION = '''
+from dataclasses import dataclass
+
+from mosaicjax.layers.attention import Attention
+
+
+@dataclass(frozen=True)
+class Halved(Attention):
+    """Attention at half strength."""
+
+    def apply(self, weights, x_BLD, context, kv, layer):
+        out_BLD, kv = super().apply(weights, x_BLD, context, kv, layer)
+        return out_BLD * 0.5, kv
+
+'''
+
+
+def test_an_attention_of_ones_own_and_its_code(tiny_store, tmp_path, capsys):
+    model = "mpt.Config(layers=2, embed=32, heads=2, mlp=64, vocab=320, attention=Halved())"
+    own = tiny.write_recipe(tmp_path / "own.py", tiny_store, before=OWN_ATTENTION, model=model)
+    plain = tiny.write_recipe(tmp_path / "plain.py", tiny_store)
+    out = tmp_path / "run"
+    tiny.train(own, out, "--steps", 3, *NO_EVAL)
+    tiny.train(plain, tmp_path / "plain", "--steps", 3, *NO_EVAL)
+    ready = opened(own, tmp_path / "other")
+    batch = ready.data.stream.rows(0, range(8))
+    weights = jax.tree.map(np.float64, jax.tree.map(np.asarray, ready.step.init().trainable))
+    # Half the attention's output is a layer whose projection out of it is halved.
+    halved = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf / 2 if "'attention'" in str(path) and "'out'" in str(path) else leaf, weights
+    )
+    whole = recipe_file.load(str(plain)).recipe.model
+    assert tiny.losses(out)[0] == pytest.approx(naive_loss(whole, halved, batch), rel=RELATIVE)
+    assert tiny.losses(tmp_path / "plain")[0] == pytest.approx(
+        naive_loss(whole, weights, batch), rel=RELATIVE
+    )
+    capsys.readouterr()
+    own.write_text(
+        own.read_text().replace('"""Attention at half strength."""', '"""The same."""  # a comment')
+    )
+    own.write_text(own.read_text().replace("out_BLD * 0.5", "out_BLD * 0.25"))
+    assert tiny.run("train", own, "--out", out, "--steps", 4, *NO_EVAL) == 2
+    assert "was trained by other code" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_takes_another_recipe(tiny_recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    ready = opened(tiny_recipe, out, "--steps", 20, "--save.every", 0, *NO_EVAL)
+    stream = Unreadable(ready.data.stream, lambda: True)
+    with pytest.raises(InputError):
+        trained(replace(ready, data=replace(ready.data, stream=stream)))
+    assert (out / "recipe.json").exists() and tiny.complete(out) == []
+    assert tiny.run("train", tiny_recipe, "--out", out, "--batch", 16, "--steps", 2, *NO_EVAL) == 0
+    assert len(tiny.losses(out)) == 2
+
+
+@pytest.mark.slow
+def test_processes_given_different_recipes_refuse(tiny_recipe, tmp_path):
+    address = jobs.free_address()
+    place = ("--processes", 2, "--coordinator", address, "--cpu-devices", 4, "--out", tmp_path / "run")
+    processes = [
+        tiny.launch("train", tiny_recipe, *place, "--process", index, "--seed", 3 + index) for index in (0, 1)
+    ]
+    for result in tiny.ended(processes):
+        assert result.returncode == 2, result
+        assert "process 1 was given another recipe or other data than process 0" in result.stderr
+    assert tiny.complete(tmp_path / "run") == []

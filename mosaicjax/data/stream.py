@@ -129,7 +129,8 @@ class HeldOut:
         """
         if split.counts.documents == 0:
             raise InputError(
-                f"{split.folder} holds no documents", fix="build the store with a larger held-out fraction"
+                f"{split.folder} holds no documents",
+                fix="a store of more documents (a .txt is one), a larger --held-out, or --eval.every 0",
             )
         self.split = split
         self.separator = separator

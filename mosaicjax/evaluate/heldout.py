@@ -55,9 +55,18 @@ class Evaluator:
     """
 
     def __init__(
-        self, decoder: Decoder, layout: Layout, dtypes: Dtypes, held_out: HeldOut, token_bytes: Any, rows: int
+        self,
+        decoder: Decoder,
+        layout: Layout,
+        dtypes: Dtypes,
+        held_out: HeldOut,
+        token_bytes: Any,
+        rows: int,
+        chunk: int = 0,
     ) -> None:
-        """Compile for the held-out rows' length; nothing is read.
+        """Compile for the held-out rows' length, with the logits of `chunk` positions at a time (0: all).
+
+        Nothing is read.
 
         Raises:
             InputError: rows that the mesh cannot split.
@@ -68,7 +77,7 @@ class Evaluator:
         self.layout = layout
         self.rows = rows
         self._mine = local_rows(layout, rows)
-        self._loss = DecoderLoss(decoder, CrossEntropy(), dtypes, packed=held_out.isolate)
+        self._loss = DecoderLoss(decoder, CrossEntropy(chunk=chunk), dtypes, packed=held_out.isolate)
         sizes = np.zeros(max(decoder.dims["vocab"], len(token_bytes)), np.int32)
         sizes[: len(token_bytes)] = token_bytes
         spec = decoder.spec()

@@ -15,6 +15,7 @@ from mosaicjax.layers.mlp import Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm
 from mosaicjax.layers.position import Alibi, Learned, Position
 from mosaicjax.models.decoder import Decoder, Family, Remat, Stack
+from mosaicjax.spec import join_dims
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Config(Family):
     """Sizes and choices of an MPT.
 
     `kv_heads` 0 gives every head its own keys; `head_dim` 0 is embed / heads. `windows` gives the layers
-    sliding windows in turn (0: none). Zero turns `clip_qkv`, the softcaps and `softmax_scale` off, as in
-    `Attention`. `bias` gives attention and MLP their biases; the norm says its own.
+    sliding windows in turn (0: none). Zero turns `clip_qkv`, the softcaps and `softmax_scale` off.
+    `attention` may be a class of one's own: the knobs here are put into it. `bias` gives attention and MLP
+    their biases; the norm says its own.
     """
 
     layers: int = 24
@@ -35,6 +37,7 @@ class Config(Family):
     vocab: int = 50_368
     position: Position = Alibi()
     norm: Norm = LayerNorm(bias=False)
+    attention: Attention = Attention()
     ffn: Mlp = Mlp()
     bias: bool = False
     qk_norm: QkNorm | None = None
@@ -52,16 +55,20 @@ class Config(Family):
     remat: Remat = Remat.NONE
 
     def dims(self) -> dict[str, int]:
-        """Sizes by axis name."""
-        return {
+        """Sizes by axis name.
+
+        Raises:
+            InputError: the position names one of these dims and gives it another size.
+        """
+        sizes = {
             "embed": self.embed,
             "heads": self.heads,
             "kv_heads": self.kv_heads or self.heads,
             "head_dim": self.head_dim or self.embed // max(self.heads, 1),
             "mlp": self.mlp,
             "vocab": self.vocab,
-            **self.position.dims,
         }
+        return join_dims(sizes, self.position.dims)
 
     def build(self) -> Decoder:
         """The decoder.
@@ -85,7 +92,8 @@ class Config(Family):
         learned = isinstance(self.position, Learned)
         blocks = tuple(
             Block(
-                attention=Attention(
+                attention=replace(
+                    self.attention,
                     position=Position() if learned else self.position,
                     window=window,
                     qk_norm=self.qk_norm,
