@@ -13,7 +13,7 @@ from mosaicjax import optim, recipe_file
 from mosaicjax.data.stream import TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
-from mosaicjax.layers.attention import QkNorm
+from mosaicjax.layers.attention import Attention, QkNorm
 from mosaicjax.layers.inits import InitRule, Kaiming
 from mosaicjax.layers.mlp import Activation, Glu, Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm, RmsNorm
@@ -67,12 +67,14 @@ OPTIMIZERS = st.one_of(
     some(optim.AdamW, lr=SCHEDULES, momentum_dtype=MOMENTA),
     some(optim.Lion, lr=SCHEDULES, momentum_dtype=MOMENTA),
 )
+QK_NORMS = st.none() | some(QkNorm, norm=NORMS)
 MODELS = some(
     mpt.Config,
+    attention=some(Attention, position=POSITIONS, qk_norm=QK_NORMS),
     position=POSITIONS,
     norm=NORMS,
     ffn=st.one_of(some(kind, activation=st.sampled_from(Activation)) for kind in (Mlp, Glu)),
-    qk_norm=st.none() | some(QkNorm, norm=NORMS),
+    qk_norm=QK_NORMS,
     windows=st.lists(SIZES, max_size=3).map(tuple),
     init=st.one_of(some(InitRule), some(Kaiming)),
     remat=st.sampled_from(Remat),
@@ -84,6 +86,7 @@ RECIPES = some(
     optimizer=OPTIMIZERS,
     loss=some(CrossEntropy),
     methods=st.lists(some(ClipGradients), max_size=2).map(tuple),
+    skips=st.lists(SIZES, max_size=3).map(tuple),
     mesh=some(
         Mesh,
         fsdp=st.lists(st.integers(-1, 99), max_size=3).map(tuple),
