@@ -28,6 +28,8 @@ from mosaicjax.data.build import build
 from mosaicjax.data.manifest import Layout
 
 if __name__ == "__main__":
+    # A shell's background job is born deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     source, out, tokenizer, workers, event, kind, count = sys.argv[1:]
     left = int(count)
 
