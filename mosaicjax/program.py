@@ -142,10 +142,10 @@ class DecoderLoss:
 
     def terms(self, weights: Any, hidden_BLD: Array, batch: Batch, context: Context) -> TokenLoss:
         """The loss of all positions, `loss.chunk` of them at a time."""
-        head_VD = self.decoder.head(weights, context)
+        head = self.decoder.head(weights, context)
 
         def some(hidden_BLD: Array, targets_BL: Array, weights_BL: Array) -> TokenLoss:
-            logits_BLV = self.decoder.logits(head_VD, hidden_BLD, context)
+            logits_BLV = self.decoder.logits(head, hidden_BLD, context)
             return self.loss.tokens(logits_BLV, targets_BL, weights_BL)
 
         rows = (hidden_BLD, batch["targets"], batch["weights"])

@@ -11,7 +11,8 @@ from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
-from mosaicjax.models.decoder import Decoder, Family
+from mosaicjax.models.decoder import Decoder
+from mosaicjax.models.family import Family
 from mosaicjax.optim import AdamW, Optimizer
 from mosaicjax.program import DecoderLoss, Method, Phase, Program
 from mosaicjax.spec import Dtypes, Spec

@@ -1,4 +1,4 @@
-"""One layer of a decoder: attention and MLP, each normed before and added to the residual stream."""
+"""One layer of a decoder: attention and MLP, normed before and added to the residual stream."""
 
 from __future__ import annotations
 
@@ -45,3 +45,38 @@ class Block:
         normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
         worked = self.mlp.apply(weights["mlp"], normed, context)
         return context.constrain(x_BLD + dropout(worked, self.dropout, context, place=1)), kv
+
+
+@dataclass(frozen=True)
+class ParallelBlock(Block):
+    """`x + attention(norm(x)) + mlp(norm(x))`: both read the same stream.
+
+    With `shared_norm` there is one norm for both (GPT-J), else each has its own (GPT-NeoX).
+
+    Source: Wang and Komatsuzaki 2021, GPT-J-6B; Black et al. 2022, arXiv 2204.06745, section 2.1.
+    """
+
+    shared_norm: bool = False
+
+    def params(self, init: InitRule, layers: int) -> dict[str, Any]:
+        """See `Block.params`."""
+        tree = super().params(init, layers)
+        if self.shared_norm:
+            tree["norm"] = tree.pop("attention_norm")
+            del tree["mlp_norm"]
+        return tree
+
+    def apply(
+        self, weights: dict[str, Any], x_BLD: Array, context: Context, kv: KV, layer: Array | int
+    ) -> tuple[Array, KV]:
+        """See `Block.apply`."""
+        first = "norm" if self.shared_norm else "attention_norm"
+        normed = self.norm.apply(weights[first], x_BLD, context.dtypes)
+        mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
+        if not self.shared_norm:
+            normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
+        worked = self.mlp.apply(weights["mlp"], normed, context)
+        added = dropout(mixed, self.dropout, context, place=0) + dropout(
+            worked, self.dropout, context, place=1
+        )
+        return context.constrain(x_BLD + added), kv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -220,16 +221,18 @@ class Llama3Scaling(RopeScaling):
 
 @dataclass(frozen=True)
 class Rotary(Position):
-    """Queries and keys turned by an angle that grows with position, in pairs (i, i + dim / 2).
+    """Queries and keys turned by an angle that grows with position, in pairs of dims.
 
-    `fraction` of each head's dims are turned, the first ones.
+    `fraction` of each head's dims are turned, the first ones. Dim i is paired with i + dim / 2 (`halves`:
+    GPT-NeoX, Llama), or 2 i with 2 i + 1 (`adjacent`: GPT-J, and the paper).
 
-    Source: Su et al. 2021, arXiv 2104.09864; the pairing is GPT-NeoX's and Llama's.
+    Source: Su et al. 2021, arXiv 2104.09864.
     """
 
     theta: float = 10_000.0
     scaling: RopeScaling = RopeScaling()
     fraction: float = 1.0
+    pairs: Literal["halves", "adjacent"] = "halves"
 
     def turned(self, head_dim: int) -> int:
         """How many of a head's dims are rotated."""
@@ -260,8 +263,12 @@ class Rotary(Position):
         frequencies = self.scaling.frequencies(self.theta, dim, length_BL)
         angles = positions_BL.astype(jnp.float32)[:, :, None, None] * frequencies[:, :, None, :]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        first, second, rest = jnp.split(x_BLHC, (dim // 2, dim), axis=-1)
+        paired, rest = jnp.split(x_BLHC, (dim,), axis=-1)
+        axis = -2 if self.pairs == "halves" else -1
+        shape = (2, dim // 2) if self.pairs == "halves" else (dim // 2, 2)
         wide = at_least_float32(x_BLHC.dtype)
-        first, second, cos, sin = (part.astype(wide) for part in (first, second, cos, sin))
-        turned = [first * cos - second * sin, second * cos + first * sin]
-        return jnp.concatenate([*(part.astype(x_BLHC.dtype) for part in turned), rest], axis=-1)
+        both = paired.astype(wide).reshape(*paired.shape[:-1], *shape)
+        first, second = (jnp.take(both, i, axis=axis) for i in (0, 1))
+        cos, sin = cos.astype(wide), sin.astype(wide)
+        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
+        return jnp.concatenate([turned.reshape(paired.shape).astype(x_BLHC.dtype), rest], axis=-1)

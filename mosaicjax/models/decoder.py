@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from mosaicjax.layers.block import Block
 from mosaicjax.layers.context import KV, Context, RowOnly, dropout
 from mosaicjax.layers.inits import InitRule, Kaiming
 from mosaicjax.layers.linear import PRODUCT, scores_of
-from mosaicjax.layers.norm import LayerNorm, Norm
+from mosaicjax.layers.norm import LayerNorm, Norm, spread
 from mosaicjax.layers.position import Position
 from mosaicjax.mesh import BATCH, GATHERED, gather_tree
-from mosaicjax.spec import LAYER_KEY, Dims, Layers, Param, Spec, at_least_float32, stacked
+from mosaicjax.spec import LAYER_KEY, ZEROS, Dims, Layers, Param, Spec, at_least_float32, stacked
 
 
 class Remat(Enum):
@@ -79,6 +79,31 @@ class Stack:
         return len(self.block) * self.repeat
 
 
+def stacks_of(blocks: Sequence[Block]) -> tuple[Stack, ...]:
+    """Stacks for layers that may differ: one where they repeat in turn, else one a run of equal layers."""
+    count = len(blocks)
+    for period in range(1, count // 2 + 1):
+        if count % period == 0 and all(blocks[i] == blocks[i % period] for i in range(count)):
+            return (Stack(tuple(blocks[:period]), count // period),)
+    runs: list[Stack] = []
+    for block in blocks:
+        if runs and runs[-1].block == (block,):
+            runs[-1] = Stack((block,), runs[-1].repeat + 1)
+        else:
+            runs.append(Stack((block,), 1))
+    return tuple(runs)
+
+
+class Head(NamedTuple):
+    """What reads logits off the residual stream.
+
+    Shapes: `matrix_VD` [V, D]; `bias_V` [V] or None.
+    """
+
+    matrix_VD: Array
+    bias_V: Array | None
+
+
 @dataclass(frozen=True)
 class Output:
     """What a forward pass gives.
@@ -99,7 +124,7 @@ class Decoder:
 
     `stacks` run one after the other (a dense first layer is a stack of its own). `logit_scale` 1 and
     `softcap` 0 leave the logits alone; `embedding_fraction` below 1 lets only that share of the gradient
-    reach the embeddings; `tied` reads logits off the embedding table.
+    reach the embeddings; `tied` reads logits off the embedding table; `head_bias` adds a bias to them.
 
     Source: llm-foundry `MPTConfig` for the knobs; GLM-130B section 2.2 for `embedding_fraction`.
     """
@@ -110,6 +135,7 @@ class Decoder:
     position: Position = Position()
     init: InitRule = Kaiming()
     tied: bool = True
+    head_bias: bool = False
     logit_scale: float = 1.0
     softcap: float = 0.0
     embedding_fraction: float = 1.0
@@ -146,6 +172,8 @@ class Decoder:
             tree["stacks"][s][b] = {LAYER_KEY: stacked(block.params(self.init, self.layers), layers)}
         if not self.tied:
             tree["head"] = Param(("vocab", "embed"), self.init.matrix(("embed",)))
+        if self.head_bias:
+            tree["head_bias"] = Param(("vocab",), ZEROS, decay=False)
         return Spec(tree, self.dims)
 
     def check(self, length: int) -> None:
@@ -254,33 +282,25 @@ class Decoder:
         )
         return x_BLD, kv, rms.reshape(-1)
 
-    def head(self, weights: Any, context: Context) -> Array:
-        """The matrix that reads logits off the residual stream, whole, [V, D]."""
+    def head(self, weights: Any, context: Context) -> Head:
+        """What reads logits off the residual stream, whole."""
         tree = self.spec().tree
-        if self.tied:
-            param, weight = tree["embed"]["tokens"], weights["embed"]["tokens"]
-        else:
-            param, weight = tree["head"], weights["head"]
-        whole: Array = gather_tree(weight, param, context.layout, context.dtypes)
-        return whole
+        names = {"matrix": "head"} | ({"bias": "head_bias"} if self.head_bias else {})
+        params = {part: tree.get(name, tree["embed"]["tokens"]) for part, name in names.items()}
+        mine = {part: weights.get(name, weights["embed"]["tokens"]) for part, name in names.items()}
+        whole = gather_tree(mine, params, context.layout, context.dtypes)
+        return Head(whole["matrix"], whole.get("bias"))
 
-    def logits(self, head_VD: Array, hidden_BLD: Array, context: Context) -> Array:
+    def logits(self, head: Head, hidden_BLD: Array, context: Context) -> Array:
         """Scores of the next token, [B, L, V], in the reduce dtype."""
-        logits_BLV = scores_of(hidden_BLD, head_VD, context.dtypes.reduce)
+        logits_BLV = scores_of(hidden_BLD, head.matrix_VD, context.dtypes.reduce)
+        if head.bias_V is not None:
+            logits_BLV = logits_BLV + spread(head.bias_V, logits_BLV)
         if self.logit_scale != 1.0:
             logits_BLV = logits_BLV * self.logit_scale
         if self.softcap:
             logits_BLV = self.softcap * jnp.tanh(logits_BLV / self.softcap)
         return context.layout.constrain(logits_BLV, BATCH, None, "vocab")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family's sizes and choices, as a recipe gives them; each family file subclasses it."""
-
-    def build(self) -> Decoder:
-        """The decoder that they describe."""
-        raise TypeError(f"{type(self).__name__} does not say how to build its decoder")
 
 
 def _rms(x: Array) -> Array:

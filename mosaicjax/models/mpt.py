@@ -14,7 +14,8 @@ from mosaicjax.layers.inits import InitRule, Kaiming
 from mosaicjax.layers.mlp import Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm
 from mosaicjax.layers.position import Alibi, Learned, Position
-from mosaicjax.models.decoder import Decoder, Family, Remat, Stack
+from mosaicjax.models.decoder import Decoder, Remat, Stack
+from mosaicjax.models.family import Family
 from mosaicjax.spec import join_dims
 
 
