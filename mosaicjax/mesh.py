@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mosaicjax.errors import InputError
-from mosaicjax.spec import Dims, Dtypes, Param, Spec
+from mosaicjax.spec import Dtypes, Param, Spec
 
 REST = -1
 """As many devices as the other axes leave."""
@@ -37,7 +37,12 @@ WEIGHT_RULES: Rules = {
     "vocab": "tensor",
     "head_dim": "none",
     "position": "none",
+    "experts": "none",
+    "layers": "none",
+    "sharded": "fsdp",
+    "whole": "none",
 }
+"""Where named dims go. A name such as `sharded/768`, unless it has a rule, goes where its first part does."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,14 @@ class Layout:
         elif axis == BATCH:
             names = self.batch_axes
         else:
-            if axis not in self.rules:
-                raise InputError(f"no rule says where the dim {axis!r} goes", expected=sorted(self.rules))
-            names = {"fsdp": self.fsdp_axes, "tensor": ("tensor",), "none": ()}[self.rules[axis]]
+            rule = self.rules.get(axis) or self.rules.get(axis.partition("/")[0])
+            if rule is None:
+                raise InputError(
+                    f"no rule says where the dim {axis!r} goes",
+                    expected=sorted(self.rules),
+                    fix=f"mesh.rules {{{axis!r}: 'none'}} (or 'fsdp', 'tensor')",
+                )
+            names = {"fsdp": self.fsdp_axes, "tensor": ("tensor",), "none": ()}[rule]
         return tuple(name for name in names if name not in skip)
 
     def partition(self, axes: Sequence[str | None], skip: tuple[str, ...] = ()) -> P:
@@ -215,6 +225,8 @@ def gather(weight: Array, param: Param, layout: Layout, dtypes: Dtypes) -> Array
 
     Shapes: `weight` is one layer's (no layers' dimension), as is the result.
     """
+    if param.wide:
+        dtypes = replace(dtypes, compute=dtypes.reduce)
     return _gather(weight, Use(param.axes, layout, dtypes))
 
 
@@ -299,15 +311,6 @@ def gather_tree(weights: Any, params: Any, layout: Layout, dtypes: Dtypes) -> An
     )
 
 
-def bytes_per_device(spec: Spec, layout: Layout, itemsize: int) -> int:
-    """Units: bytes of weights on each device."""
-    total = 0
-    for _, param in spec.items():
-        shape = param.shape(spec.dims)
-        total += math.prod(layout.weight_sharding(param).shard_shape(shape)) * itemsize
-    return total
-
-
 def local_rows(layout: Layout, rows: int) -> list[int]:
     """Which of a batch's `rows` this process must read, in ascending order."""
     wanted: set[int] = set()
@@ -320,20 +323,3 @@ def local_rows(layout: Layout, rows: int) -> list[int]:
 def global_array(layout: Layout, shape: tuple[int, ...], axes: Sequence[str | None], value: Any) -> Array:
     """A global array from a function of index slices, each process giving its own part."""
     return jax.make_array_from_callback(shape, layout.sharding(*axes), lambda index: np.asarray(value(index)))
-
-
-__all__ = [
-    "BATCH",
-    "GATHERED",
-    "REST",
-    "Dims",
-    "Layout",
-    "Mesh",
-    "bytes_per_device",
-    "fsdp",
-    "gather",
-    "gather_tree",
-    "global_array",
-    "local_rows",
-    "shardings",
-]

@@ -17,13 +17,13 @@ from mosaicjax.mesh import (
     BATCH,
     REST,
     Mesh,
-    bytes_per_device,
     fsdp,
     gather,
     global_array,
     local_rows,
     shardings,
 )
+from mosaicjax.show import shard_bytes
 from mosaicjax.spec import ONES, Dtypes, Layers, Param, Spec
 
 EIGHT = [
@@ -111,7 +111,7 @@ def test_dims_that_do_not_divide():
 
 
 @pytest.mark.parametrize("mesh", EIGHT)
-def test_bytes_per_device_are_those_of_live_shards(mesh):
+def test_shard_bytes_are_those_of_live_shards(mesh):
     spec = Spec({"query": WEIGHT, "norm": Param(("embed",), ONES)}, DIMS)
     where = layout(mesh)
     live = jax.tree.leaves(spec.init(jax.random.key(0), "float32", shardings(spec, where)))
@@ -119,7 +119,7 @@ def test_bytes_per_device_are_those_of_live_shards(mesh):
         held = [
             shard.data.nbytes for leaf in live for shard in leaf.addressable_shards if shard.device == device
         ]
-        assert sum(held) == bytes_per_device(spec, where, 4)
+        assert sum(held) == shard_bytes(spec.abstract("float32", shardings(spec, where)))
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
