@@ -1,4 +1,4 @@
-"""One process of a job, for test_spec.py: draws MPT-125M over all devices, prints its memory.
+"""One process of a job, for test_spec.py: compiles MPT-125M as `train` does, draws it, prints its memory.
 
 `init_worker.py <coordinator> <count> <index>`
 """
@@ -10,9 +10,13 @@ from pathlib import Path
 import jax
 
 from mosaicjax import processes
+from mosaicjax.data.stream import TokenStore
+from mosaicjax.host_memory import own_pages
 from mosaicjax.mesh import Mesh, shardings
 from mosaicjax.models import mpt
-from mosaicjax.spec import Param
+from mosaicjax.recipe import Recipe
+from mosaicjax.spec import Dtypes, Param
+from mosaicjax.step import Step
 
 CONFIG = mpt.Config(layers=12, embed=768, heads=12, mlp=3_072, vocab=50_368)
 
@@ -39,12 +43,18 @@ def largest_temporary_bytes(spec, layout) -> int:
 def main() -> None:
     coordinator, count, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     processes.start(coordinator, count, index)
-    spec, layout = CONFIG.build().spec(), Mesh().build(jax.devices())
+    layout = Mesh().build(jax.devices())
+    recipe = Recipe(model=CONFIG, data=TokenStore("none"), seq=64, batch=8, dtypes=Dtypes())
+    program = recipe.program()[1]
+    spec, key = program.trainable, jax.random.key(recipe.seed)
     places = shardings(spec, layout)
-    # The compiler's own code is loaded at its first use: it is no part of what a model takes.
-    jax.block_until_ready(jax.jit(jax.random.normal)(jax.random.key(0)))
+    step = Step(program, layout, recipe.seed).lower().compile()
+    # What compiling left behind goes first, lest the weights take its place and seem to need none.
+    with own_pages() as give_back:
+        give_back()
+    Path("/proc/self/clear_refs").write_text("5")
     before = memory_bytes("VmRSS")
-    weights = spec.init(jax.random.key(0), "float32", places)
+    weights = spec.init(key, "float32", places)
     after, peak = memory_bytes("VmRSS"), memory_bytes("VmHWM")
     temporary = largest_temporary_bytes(spec, layout)
     print(
@@ -58,6 +68,7 @@ def main() -> None:
                 "grown": after - before,
                 "peak": peak - before,
                 "temporary": temporary,
+                "step_arguments": step.memory_analysis().argument_size_in_bytes,
             }
         )
     )
