@@ -70,22 +70,31 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine from the peak to `final` of it.
+    """Half a cosine from the peak to `final` of it, and never below `floor` of it.
 
-    Source: Loshchilov and Hutter 2017, arXiv 1608.03983.
+    It takes `over` steps after the warm-up (0: all that are left): fewer than are left hold its end, more are
+    broken off.
+
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983; `over` and `floor` as GPT-J and GPT-NeoX have them.
     """
 
     final: float = 0.1
+    over: int = 0
+    floor: float = 0.0
 
     def check(self, steps: int) -> None:
-        """See `Schedule.check`; `final` is a share."""
+        """See `Schedule.check`; `final` and `floor` are shares."""
         super().check(steps)
         _check_share("Cosine.final", self.final)
+        _check_share("Cosine.floor", self.floor)
+        if self.over < 0:
+            raise InputError("Cosine.over", expected="0 (all steps after the warm-up) or more", got=self.over)
 
     def after(self, done: ArrayLike, rest: int) -> ArrayLike:
         """See `Schedule.after`."""
-        part = jnp.minimum(jnp.asarray(done) / rest, 1.0)
-        return self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(jnp.pi * part))
+        part = jnp.minimum(jnp.asarray(done) / (self.over or rest), 1.0)
+        fallen = self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(jnp.pi * part))
+        return jnp.maximum(fallen, self.floor) if self.floor else fallen
 
 
 @dataclass(frozen=True)

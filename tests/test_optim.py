@@ -29,6 +29,14 @@ STEPS = 12
         (Schedule(peak=2.0), 9, {0: 2.0, 8: 2.0}),
         (Cosine(peak=1.0, warmup=4, final=0.1), 12, {0: 0.25, 3: 1.0, 4: 1.0, 8: 0.55, 12: 0.1, 50: 0.1}),
         (Cosine(peak=1.0, final=0.0), 12, {0: 1.0, 2: 0.5 + 0.25 * 3**0.5, 4: 0.75, 6: 0.5, 12: 0.0}),
+        # GPT-J's form: the fall ends before the run does, and its end is held.
+        (Cosine(peak=2.0, warmup=2, over=4, final=0.1), 20, {1: 2.0, 2: 2.0, 4: 1.1, 6: 0.2, 19: 0.2}),
+        # GPT-NeoX's: to nothing over as many steps as the whole run has, but never below the floor.
+        (
+            Cosine(peak=1.0, warmup=3, over=12, final=0.0, floor=0.3),
+            12,
+            {3: 1.0, 7: 0.75, 9: 0.5, 10: 0.5 - 0.5 * np.sin(np.pi / 12), 11: 0.3},
+        ),
         (Linear(peak=2.0, final=0.5), 10, {0: 2.0, 5: 1.5, 10: 1.0, 11: 1.0}),
         (Linear(peak=2.0, warmup=2), 10, {0: 1.0, 1: 2.0, 2: 2.0, 4: 1.5, 10: 0.0}),
         (Wsd(peak=1.0, warmup=2, decay=4), 10, {0: 0.5, 2: 1.0, 6: 1.0, 7: 0.75, 8: 0.5, 10: 0.0}),
@@ -71,6 +79,8 @@ def test_rates_stay_between_nothing_and_the_peak(kind, warmup, steps):
         (Cosine(peak=0.0), "learning rate; expected a peak above 0 and a warm-up of 0 or more steps"),
         (Cosine(warmup=-1), "got peak 0.0006, warmup -1"),
         (Cosine(final=10.0), "Cosine.final; expected a share of the peak, 0 to 1; got 10.0"),
+        (Cosine(floor=-1.0), "Cosine.floor; expected a share of the peak, 0 to 1; got -1.0"),
+        (Cosine(over=-1), "Cosine.over; expected 0 (all steps after the warm-up) or more; got -1"),
         (Linear(final=-0.1), "Linear.final"),
         (Wsd(final=2.0), "Wsd.final"),
         (Wsd(warmup=4, decay=9), "Wsd.decay; expected 0 to 8 steps (those after the warm-up); got 9"),

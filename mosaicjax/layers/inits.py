@@ -43,3 +43,22 @@ class Kaiming(InitRule):
     def matrix(self, fan_in: tuple[str, ...], scale: float = 1.0) -> Init:
         """See `InitRule.matrix`."""
         return FanIn(fan_in, self.gain * scale)
+
+
+@dataclass(frozen=True)
+class SmallInit(InitRule):
+    """Standard deviation `gain` / sqrt(embed), and 2 / (layers sqrt(embed)) into the residual stream.
+
+    Source: GPT-NeoX-20B, arXiv 2204.06745, section 2.1.3: Nguyen and Salazar 2019 (gain sqrt(2 / 5)), Wang
+    and Komatsuzaki 2021 (GPT-J, whose gain is 1).
+    """
+
+    gain: float = 0.4**0.5
+
+    def matrix(self, fan_in: tuple[str, ...], scale: float = 1.0) -> Init:
+        """See `InitRule.matrix`."""
+        return FanIn(("embed",), self.gain * scale)
+
+    def residual(self, fan_in: tuple[str, ...], layers: int) -> Init:
+        """See `InitRule.residual`."""
+        return FanIn(("embed",), 2 / layers) if self.divide_residual else self.matrix(fan_in)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mosaicjax.layers.inits import InitRule, Kaiming
+from mosaicjax.layers.inits import InitRule, Kaiming, SmallInit
 from mosaicjax.mesh import Mesh, shardings
 from mosaicjax.models import mpt
 
@@ -53,3 +53,20 @@ def test_deviations(rule, matrix, down, residual, table):
     for name, leaf in {**layer["attention"], **layer["mlp"]}.items():
         if name.endswith("_bias"):
             assert (np.asarray(leaf) == 0).all(), name
+
+
+@pytest.mark.parametrize(
+    ("init", "std"),
+    [
+        # sqrt(2 / 5 embed), whatever a matrix sums over, and 2 / (8 layers sqrt(embed)) into the stream.
+        (SmallInit().matrix(("mlp",)), (2 / (5 * 64)) ** 0.5),
+        (SmallInit().embedding(), (2 / (5 * 64)) ** 0.5),
+        (SmallInit().residual(("mlp",), 8), 2 / 8 / 64**0.5),
+        (SmallInit(divide_residual=False).residual(("mlp",), 8), (2 / (5 * 64)) ** 0.5),
+        (SmallInit(gain=1.0, embed_std=0.3).matrix(("embed",)), 1 / 8),
+        (SmallInit(gain=1.0, embed_std=0.3).embedding(), 0.3),
+    ],
+)
+def test_deviations_of_small_init(init, std):
+    drawn = np.asarray(init.draw(jax.random.key(1), (200, 100), CONFIG))
+    assert drawn.std() == pytest.approx(std, rel=4 / (2 * drawn.size) ** 0.5)
