@@ -12,13 +12,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mosaicjax.models.decoder import Decoder
+from mosaicjax.models.model import Model
 from mosaicjax.program import ACTIVATION_SQUARES, Batch, DecoderLoss
 from mosaicjax.step import Step, accumulate, rms_by_layer
 
 
-def first_nonfinite(
-    step: Step, decoder: Decoder, trainable: Any, frozen: Any, batch: Batch, key: Array
-) -> str:
+def first_nonfinite(step: Step, decoder: Model, trainable: Any, frozen: Any, batch: Batch, key: Array) -> str:
     """Name the first part of the model whose output, or else gradient, is not finite.
 
     The forward pass is looked at from the embeddings on, then the loss; if all of it is finite, the
@@ -39,20 +38,26 @@ def first_nonfinite(
     for m in range(step.program.phase.microbatches):
         one = {name: array[m : m + 1] for name, array in batch.items()}
         sums, grads = jax.device_get(compiled(trainable, one))
-        places = ["the embeddings", *(f"layer {n}" for n in range(decoder.layers))]
-        for place, value in zip(places, sums[ACTIVATION_SQUARES], strict=True):
+        for place, value in zip(decoder.places, sums[ACTIVATION_SQUARES], strict=True):
             if not np.isfinite(value):
                 return f"{place} (its output; microbatch {m})"
         if not np.isfinite(sums["loss"]):
             return f"the logits or the loss (microbatch {m})"
         wrong = [place for place in backward_order(decoder, grads) if not np.isfinite(place[1])]
         if wrong:
-            return f"{wrong[0][0]} (its gradient; microbatch {m})"
+            # Only a decoder's gradients come in a known order: of another model's, name some.
+            named = ", ".join(name for name, _ in wrong[: 1 if isinstance(decoder, Decoder) else 3])
+            return f"{named} (its gradient; microbatch {m})"
     return "the sum over microbatches, or the optimizer's update"
 
 
-def backward_order(decoder: Decoder, grads: dict[str, Any]) -> list[tuple[str, float]]:
-    """Weights' gradients in the order in which a backward pass makes them, by name and layer."""
+def backward_order(decoder: Model, grads: dict[str, Any]) -> list[tuple[str, float]]:
+    """Weights' gradients in the order in which a backward pass makes them, by name and layer.
+
+    That order is not known of a module of one's own, whose weights come by name.
+    """
+    if not isinstance(decoder, Decoder):
+        return [(name, float(value)) for name, value in grads.items()]
     named: list[tuple[int, str, float]] = []
     for name, value in grads.items():
         if not name.startswith("stacks/"):

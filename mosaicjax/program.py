@@ -15,7 +15,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.layers.context import Context
 from mosaicjax.losses import CrossEntropy, TokenLoss
 from mosaicjax.mesh import Layout
-from mosaicjax.models.decoder import Decoder
+from mosaicjax.models.model import Model
 from mosaicjax.optim import Rate
 from mosaicjax.spec import Dtypes, Spec
 
@@ -98,13 +98,14 @@ class Method:
 
 @dataclass(frozen=True)
 class DecoderLoss:
-    """The loss of a decoder on rows of tokens.
+    """The loss of a model on rows of tokens.
 
-    `packed` rows bring segments and positions; others are one segment from position 0. With `measure` the
-    metrics hold the mean square of every layer's output.
+    `packed` rows bring segments and positions; others are one segment from position 0. The objective holds
+    the losses of routers to experts too, where there are any; the metric `loss` does not. With `measure` the
+    metrics hold the mean square of the output at each of the model's `places`.
     """
 
-    decoder: Decoder
+    decoder: Model
     loss: CrossEntropy
     dtypes: Dtypes
     packed: bool = False
@@ -125,20 +126,26 @@ class DecoderLoss:
         metrics = {"loss": terms.nll}
         if self.loss.z_loss:
             metrics["z_loss"] = self.loss.z_loss * terms.square_lse
+        objective = terms.objective
+        if output.routing is not None:
+            added, routed = output.routing.losses(weight, layout)
+            objective, metrics = objective + added, metrics | routed
         if self.measure:
-            assert output.embed_rms is not None and output.rms_N is not None
-            measured = jnp.concatenate([output.embed_rms[None], output.rms_N])
+            assert output.rms_N is not None
+            first = [] if output.embed_rms is None else [output.embed_rms[None]]
+            measured = jnp.concatenate([*first, output.rms_N])
             # Squares, which the step averages over rows before it takes the root.
             squares = jnp.square(jax.lax.stop_gradient(measured).astype(weight.dtype))
             metrics[ACTIVATION_SQUARES] = squares * weight
-        return terms.objective, weight, metrics, state
+        return objective, weight, metrics, state
 
     def context(self, batch: Batch, layout: Layout, keys_B: Array | None = None) -> Context:
         """What the layers are told of these rows."""
         if self.packed:
-            return Context(layout, self.dtypes, batch["positions"], batch["segments"], keys_B)
+            segments_BL, positions_BL = batch["segments"], batch["positions"]
+            return Context(layout, self.dtypes, positions_BL, segments_BL, keys_B, batch["weights"])
         positions_BL = jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)[None]
-        return Context(layout, self.dtypes, positions_BL, None, keys_B)
+        return Context(layout, self.dtypes, positions_BL, None, keys_B, batch["weights"])
 
     def terms(self, weights: Any, hidden_BLD: Array, batch: Batch, context: Context) -> TokenLoss:
         """The loss of all positions, `loss.chunk` of them at a time."""

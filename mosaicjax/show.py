@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.mesh import Layout
 from mosaicjax.models import flops
+from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe
 from mosaicjax.report.live import format_count
 from mosaicjax.run import open_data
@@ -43,16 +44,18 @@ def show(recipe: Recipe, devices: int) -> Iterator[str]:
     """
     step = described(recipe, devices)
     yield from weights_table(step)
+    decoder = recipe.model.build()
+    if isinstance(decoder, Decoder) and "experts" in decoder.dims:
+        yield f"{flops.active(decoder):,} of them active: those that one token meets"
     yield ""
     yield from memory(step, devices)
-    decoder = recipe.model.build()
     cost = flops.per_token(decoder, recipe.seq)
     tokens = recipe.steps * recipe.batch * recipe.seq
+    each = flops.described(decoder, cost, format_count)
     yield ""
     yield (
         f"{recipe.steps:,} steps x {recipe.batch:,} rows x {recipe.seq:,} tokens = {format_count(tokens)}"
-        f" tokens; {format_count(cost.causal)} FLOPs a token (causal attention;"
-        f" {format_count(cost.full)} full), {format_count(cost.causal * tokens)} in all"
+        f" tokens; {each}, {format_count(cost.causal * tokens)} in all"
     )
     data = open_data(recipe)
     yield ""

@@ -109,13 +109,15 @@ class Param:
     """One weight, declared once.
 
     `axes` names each dimension; sizes come from the model's one `dims` mapping. A weight with `layers` has
-    a leading dimension more, one slice a layer, that is never sharded.
+    a leading dimension more, one slice a layer, that is never sharded. A `wide` weight is used in the reduce
+    dtype, others in the compute dtype.
     """
 
     axes: tuple[str, ...]
     init: Init
     decay: bool = True
     layers: Layers | None = None
+    wide: bool = False
 
     def shape(self, dims: Dims) -> tuple[int, ...]:
         """Sizes of all dimensions, the layers' first."""
@@ -202,14 +204,20 @@ class Spec:
         compiled: dict[Any, Callable[[Array], Array]] = {}
 
         def draw(path: tuple[Any, ...], param: Param, place: Any) -> Array:
-            if (param, place) not in compiled:
-                compiled[param, place] = jax.jit(self.drawer(param, dtype, place), out_shardings=place)
-            values = jax.block_until_ready(compiled[param, place](jax.random.fold_in(key, name_hash(path))))
+            # All that a drawer depends on: weights alike but for their axes' names share one program.
+            kind = (param.shape(self.dims), param.init, param.layers, place)
+            if kind not in compiled:
+                compiled[kind] = jax.jit(self.drawer(param, dtype, place), out_shardings=place)
+            values = jax.block_until_ready(compiled[kind](jax.random.fold_in(key, name_hash(path))))
             give_back()
             return values
 
         with own_pages() as give_back:
-            return jax.tree_util.tree_map_with_path(draw, self.tree, shardings, is_leaf=is_param)
+            weights = jax.tree_util.tree_map_with_path(draw, self.tree, shardings, is_leaf=is_param)
+            # A program holds megabytes for as long as it may be called again.
+            compiled.clear()
+            give_back()
+        return weights
 
     def drawer(self, param: Param, dtype: DtypeName, place: NamedSharding) -> Callable[[Array], Array]:
         """A function from a weight's own key to its values, part by part so that the work space stays small.

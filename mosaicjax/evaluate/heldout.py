@@ -19,7 +19,7 @@ from mosaicjax.data.stream import HeldOut
 from mosaicjax.errors import InputError
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import BATCH, Layout, global_array, local_rows, shardings
-from mosaicjax.models.decoder import Decoder
+from mosaicjax.models.model import Model
 from mosaicjax.program import Batch, DecoderLoss
 from mosaicjax.spec import Dtypes
 
@@ -49,14 +49,14 @@ class Loss:
 
 
 class Evaluator:
-    """Held-out loss of a decoder on a layout, `rows` rows at a time; compiled once.
+    """Held-out loss of a model on a layout, `rows` rows at a time; compiled once.
 
     Shapes: `token_bytes` [ids], how many bytes of text each id stands for.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Model,
         layout: Layout,
         dtypes: Dtypes,
         held_out: HeldOut,

@@ -12,6 +12,7 @@ from mosaicjax.layers.context import KV, Context, dropout
 from mosaicjax.layers.inits import InitRule
 from mosaicjax.layers.mlp import Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm
+from mosaicjax.layers.routing import RouterSums
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Block:
 
     def apply(
         self, weights: dict[str, Any], x_BLD: Array, context: Context, kv: KV, layer: Array | int
-    ) -> tuple[Array, KV]:
-        """The residual stream after the layer, and the keys and values to carry on.
+    ) -> tuple[Array, KV, RouterSums | None]:
+        """The residual stream after the layer, the keys and values to carry on, and what a router did.
 
         Shapes: x and the result [B, L, D]; weights are whole and in the compute dtype.
         """
@@ -43,8 +44,8 @@ class Block:
         mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
         x_BLD = context.constrain(x_BLD + dropout(mixed, self.dropout, context, place=0))
         normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
-        worked = self.mlp.apply(weights["mlp"], normed, context)
-        return context.constrain(x_BLD + dropout(worked, self.dropout, context, place=1)), kv
+        worked, routed = self.mlp.routed(weights["mlp"], normed, context)
+        return context.constrain(x_BLD + dropout(worked, self.dropout, context, place=1)), kv, routed
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,15 @@ class ParallelBlock(Block):
 
     def apply(
         self, weights: dict[str, Any], x_BLD: Array, context: Context, kv: KV, layer: Array | int
-    ) -> tuple[Array, KV]:
+    ) -> tuple[Array, KV, RouterSums | None]:
         """See `Block.apply`."""
         first = "norm" if self.shared_norm else "attention_norm"
         normed = self.norm.apply(weights[first], x_BLD, context.dtypes)
         mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
         if not self.shared_norm:
             normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
-        worked = self.mlp.apply(weights["mlp"], normed, context)
+        worked, routed = self.mlp.routed(weights["mlp"], normed, context)
         added = dropout(mixed, self.dropout, context, place=0) + dropout(
             worked, self.dropout, context, place=1
         )
-        return context.constrain(x_BLD + added), kv
+        return context.constrain(x_BLD + added), kv, routed

@@ -17,8 +17,9 @@ from mosaicjax.spec import Dtypes
 class Context:
     """One call's rows and surroundings, the same for all layers.
 
-    `keys_B` holds one key a row and is None where nothing is dropped (evaluation, generation): randomness
-    belongs to the row, so that neither the mesh nor the microbatch changes it.
+    `weights_BL` is what the rows' targets count in a loss, None where there is none. `keys_B` holds one key a
+    row and is None where nothing is dropped (evaluation, generation): randomness belongs to the row, so that
+    neither the mesh nor the microbatch changes it.
 
     Shapes: `positions_BL` and `segments_BL` [B or 1, L]; segments None means one segment without padding.
     """
@@ -28,6 +29,17 @@ class Context:
     positions_BL: Array
     segments_BL: Array | None = None
     keys_B: Array | None = None
+    weights_BL: Array | None = None
+
+    def counted(self, rows: tuple[int, ...]) -> Array:
+        """Which tokens statistics are made of: no padding, and no rows without weight.
+
+        Shapes: bool, of the shape `rows`, [B, L].
+        """
+        counted_BL = jnp.ones((1, 1), bool) if self.segments_BL is None else self.segments_BL > 0
+        if self.weights_BL is not None:
+            counted_BL = counted_BL & jnp.any(self.weights_BL > 0, axis=1, keepdims=True)
+        return jnp.broadcast_to(counted_BL, rows)
 
     def for_layer(self, index: Array | int) -> Context:
         """This context with the rows' keys made the layer's own; the embedding is 0, layers count from 1."""

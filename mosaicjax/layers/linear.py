@@ -9,8 +9,7 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "product"
-"""What a remat policy may call the result of `linear`."""
+from mosaicjax.kernels.grouped import PRODUCT
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -14,8 +14,9 @@ from mosaicjax.layers.context import Context
 from mosaicjax.layers.inits import InitRule
 from mosaicjax.layers.linear import linear
 from mosaicjax.layers.norm import spread
+from mosaicjax.layers.routing import RouterSums
 from mosaicjax.mesh import BATCH
-from mosaicjax.spec import ZEROS, Param
+from mosaicjax.spec import ZEROS, Dims, Param
 
 
 class Activation(Enum):
@@ -54,6 +55,17 @@ class Mlp:
         """Names of the matrices that read the residual stream."""
         return ("up",)
 
+    def check(self, dims: Dims) -> None:
+        """Refuse knobs that cannot be, in a model of these sizes.
+
+        Raises:
+            InputError: with expected and got.
+        """
+
+    def active(self, dims: Dims) -> float:
+        """What share of the experts' weights one token meets; 1 where there are none."""
+        return 1.0
+
     def params(self, init: InitRule, layers: int) -> dict[str, Any]:
         """Weights of one layer in a model of so many."""
         tree = {name: Param(("embed", "mlp"), init.matrix(("embed",))) for name in self.inputs}
@@ -68,6 +80,12 @@ class Mlp:
         hidden_BLF = self.combine({name: self.read(name, weights, x_BLD, context) for name in self.inputs})
         out_BLD = linear(hidden_BLF, weights["down"])
         return out_BLD + spread(weights["down_bias"], out_BLD) if self.bias else out_BLD
+
+    def routed(
+        self, weights: dict[str, Any], x_BLD: Array, context: Context
+    ) -> tuple[Array, RouterSums | None]:
+        """What `apply` gives, and what a router did with the tokens, where there is one."""
+        return self.apply(weights, x_BLD, context), None
 
     def read(self, name: str, weights: dict[str, Any], x_BLD: Array, context: Context) -> Array:
         """One matrix's view of the residual stream, [B, L, F]."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mosaicjax.errors import InputError
@@ -121,7 +122,11 @@ class RopeScaling:
 
         Shapes: like `length_BL` and then dim / 2, highest frequency first.
         """
-        return inverse_frequencies(jnp.full_like(length_BL, theta, dtype=jnp.float32), dim)
+        # Constants, rounded at each step as checkpoints' own code does: XLA would write the division as a
+        # power, whose last bit is another, and at position 50,000 that moves logits by 1e-4.
+        exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        plain = np.float32(1) / np.float32(theta) ** exponents
+        return jnp.broadcast_to(jnp.asarray(plain), (*length_BL.shape, dim // 2))
 
     @property
     def depends_on_length(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from mosaicjax.errors import InputError
+from mosaicjax.kernels.grouped import PRODUCT
 from mosaicjax.layers.block import Block
 from mosaicjax.layers.context import KV, Context, RowOnly, dropout
 from mosaicjax.layers.inits import InitRule, Kaiming
-from mosaicjax.layers.linear import PRODUCT, scores_of
+from mosaicjax.layers.linear import scores_of
+from mosaicjax.layers.mlp import Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm, spread
 from mosaicjax.layers.position import Position
+from mosaicjax.layers.routing import RouterSums, Routing, joined
 from mosaicjax.mesh import BATCH, GATHERED, gather_tree
 from mosaicjax.spec import LAYER_KEY, ZEROS, Dims, Layers, Param, Spec, at_least_float32, stacked
 
@@ -109,13 +113,14 @@ class Output:
     """What a forward pass gives.
 
     Shapes: `hidden_BLD` after the final norm; `rms_N` the root mean square of each layer's output, and
-    `embed_rms` of the embeddings, where asked for.
+    `embed_rms` of the embeddings, where asked for. `routing` is None where no layer has experts.
     """
 
     hidden_BLD: Array
     kv: tuple[KV, ...]
     embed_rms: Array | None = None
     rms_N: Array | None = None
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,11 @@ class Decoder:
             first += stack.layers
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """What each number of a measured `Output` is of."""
+        return ("the embeddings", *(f"layer {n}" for n in range(self.layers)))
+
+    @property
     def drops(self) -> bool:
         """Whether anything is dropped out in training."""
         return self.embed_dropout > 0 or any(block.dropout > 0 for _, _, block, _ in self.blocks())
@@ -190,6 +200,7 @@ class Decoder:
         for _, _, block, _ in self.blocks():
             block.attention.check(self.dims, length)
             block.norm.check()
+            block.mlp.check(self.dims)
             if not 0 <= block.dropout < 1:
                 raise InputError("residual dropout", expected="0 to below 1", got=block.dropout)
         self.norm.check()
@@ -233,21 +244,30 @@ class Decoder:
         embed_rms = _rms(x_BLD) if measure else None
         kept: list[KV] = list(kv) if kv is not None else []
         rms: list[Array] = []
+        routed: list[tuple[int, Mlp, RouterSums]] = []
         done, first = 0, 0
         tree = self.spec().tree
         for s, stack in enumerate(self.stacks):
             mine = (
                 tuple(kept[done : done + len(stack.block)]) if kv else tuple(RowOnly() for _ in stack.block)
             )
-            x_BLD, mine, measured = self._run(
+            x_BLD, mine, measured, sums = self._run(
                 stack, tree["stacks"][s], weights["stacks"][s], x_BLD, context, mine, first, measure
             )
             kept[done : done + len(stack.block)] = mine
+            routed += [
+                (first + turn * len(stack.block) + b, block.mlp, jax.tree.map(itemgetter(turn), sums[b]))
+                for turn in range(stack.repeat)
+                for b, block in enumerate(stack.block)
+                if sums[b] is not None
+            ]
             done, first = done + len(stack.block), first + stack.layers
             rms.append(measured)
         norm = gather_tree(weights["norm"], tree["norm"], context.layout, context.dtypes)
         x_BLD = self.norm.apply(norm, x_BLD, context.dtypes)
-        return Output(x_BLD, tuple(kept), embed_rms, jnp.concatenate(rms) if measure else None)
+        return Output(
+            x_BLD, tuple(kept), embed_rms, jnp.concatenate(rms) if measure else None, joined(routed)
+        )
 
     def _run(
         self,
@@ -259,28 +279,32 @@ class Decoder:
         kv: tuple[KV, ...],
         first: int,
         measure: bool,
-    ) -> tuple[Array, tuple[KV, ...], Array]:
-        """One stack, scanned over its repeats; measured RMS is [layers] or empty."""
+    ) -> tuple[Array, tuple[KV, ...], Array, tuple[Any, ...]]:
+        """One stack, scanned over its repeats; measured RMS is [layers] or empty.
 
-        def repeat(carry: tuple[Array, tuple[KV, ...]], at: tuple[Any, Array]) -> tuple[Any, Array]:
+        Last, what each block's router did in all repeats.
+        """
+
+        def repeat(carry: tuple[Array, tuple[KV, ...]], at: tuple[Any, Array]) -> tuple[Any, Any]:
             x_BLD, kv = carry
             slices, turn = at
-            carried, rms = [], []
+            carried, rms, routed = [], [], []
             for b, block in enumerate(stack.block):
                 with jax.named_scope(f"block{b}"):
                     whole = gather_tree(
                         slices[b][LAYER_KEY], params[b][LAYER_KEY], context.layout, context.dtypes
                     )
                     mine = context.for_layer(1 + first + turn * len(stack.block) + b)
-                    x_BLD, held = block.apply(whole, x_BLD, mine, kv[b], turn)
+                    x_BLD, held, sums = block.apply(whole, x_BLD, mine, kv[b], turn)
                 carried.append(held)
+                routed.append(sums)
                 rms.append(_rms(x_BLD) if measure else jnp.zeros((0,)))
-            return (x_BLD, tuple(carried)), jnp.stack(rms)
+            return (x_BLD, tuple(carried)), (jnp.stack(rms), tuple(routed))
 
-        (x_BLD, kv), rms = jax.lax.scan(
+        (x_BLD, kv), (rms, routed) = jax.lax.scan(
             self.remat.wrap(repeat), (x_BLD, kv), (weights, jnp.arange(stack.repeat))
         )
-        return x_BLD, kv, rms.reshape(-1)
+        return x_BLD, kv, rms.reshape(-1), routed
 
     def head(self, weights: Any, context: Context) -> Head:
         """What reads logits off the residual stream, whole."""

@@ -8,6 +8,7 @@ from typing import Any, Self
 from mosaicjax.errors import InputError
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.models.hf_config import HfConfig
+from mosaicjax.models.model import Model
 from mosaicjax.models.names import Names
 
 
@@ -15,9 +16,24 @@ from mosaicjax.models.names import Names
 class Family:
     """A family's sizes and choices, as a recipe gives them; each family file subclasses it."""
 
-    def build(self) -> Decoder:
-        """The decoder that they describe."""
-        raise TypeError(f"{type(self).__name__} does not say how to build its decoder")
+    def build(self) -> Model:
+        """The model that they describe."""
+        raise TypeError(f"{type(self).__name__} does not say how to build its model")
+
+    def decoder(self) -> Decoder:
+        """The model where its layers are needed, as for generation and foreign checkpoints.
+
+        Raises:
+            InputError: it is a module of one's own.
+        """
+        model = self.build()
+        if not isinstance(model, Decoder):
+            raise InputError(
+                f"{type(self).__name__} is a module of one's own, which has no cache of keys and values",
+                expected="a model of layers that mosaicjax knows",
+                fix="generate with the module itself, from the weights in the run's checkpoint",
+            )
+        return model
 
     @classmethod
     def from_hf(cls, config: HfConfig) -> Self:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mosaicjax.models.decoder import Decoder
+from mosaicjax.models.model import Model
 from mosaicjax.spec import Param
 
 
@@ -15,7 +17,7 @@ class Flops:
 
     `causal` counts the scores that causality and windows leave, `full` all L x L of them, as most published
     figures do. A multiply-add is two FLOPs; a backward pass is twice its forward. Norms, nonlinearities and
-    softmax are not counted; nor is the embedding lookup.
+    softmax are not counted; nor is the embedding lookup. Of experts those are counted that a token takes.
 
     Units: FLOPs a target token.
     """
@@ -24,14 +26,21 @@ class Flops:
     full: float
 
 
-def per_token(decoder: Decoder, length: int) -> Flops:
+def per_token(decoder: Model, length: int) -> Flops:
     """FLOPs a token of rows of `length`.
+
+    Of a module of one's own it is 6 for each number in a weight that is decayed, which its matrices are.
 
     Source: PaLM, arXiv 2204.02311, appendix B, with attention counted twice.
     """
     dims = decoder.dims
+    if not isinstance(decoder, Decoder):
+        entries = sum(math.prod(param.shape(dims)) for _, param in decoder.spec().items() if param.decay)
+        return Flops(6.0 * entries, 6.0 * entries)
     weights = sum(
-        _products(param, dims) for name, param in decoder.spec().items() if not _looked_up(name, decoder)
+        _products(param, dims) * _met(name, param, decoder)
+        for name, param in decoder.spec().items()
+        if not _looked_up(name, decoder)
     )
     causal = full = 0.0
     for _, _, block, layers in decoder.blocks():
@@ -39,6 +48,22 @@ def per_token(decoder: Decoder, length: int) -> Flops:
         full += layers.count * per_score * length
         causal += layers.count * per_score * mean_seen(length, block.attention.window)
     return Flops(3.0 * (2 * weights + causal), 3.0 * (2 * weights + full))
+
+
+def active(decoder: Decoder) -> int:
+    """How many of the parameters one token meets: all but the experts that it does not take."""
+    counts = (
+        math.prod(param.shape(decoder.dims)) * _met(name, param, decoder)
+        for name, param in decoder.spec().items()
+    )
+    return round(sum(counts))
+
+
+def described(model: Model, cost: Flops, form: Callable[[float], str]) -> str:
+    """The cost of a token in words, with what is counted; `form` writes a number."""
+    if isinstance(model, Decoder):
+        return f"{form(cost.causal)} FLOPs a token (causal attention; {form(cost.full)} full)"
+    return f"{form(cost.full)} FLOPs a token (6 x the weights of its matrices; attention is not counted)"
 
 
 def mean_seen(length: int, window: int) -> float:
@@ -49,8 +74,22 @@ def mean_seen(length: int, window: int) -> float:
 
 def _products(param: Param, dims: object) -> int:
     """Multiply-adds a token of a weight: its entries where it is a matrix, none where it scales or shifts."""
-    matrix = len(param.axes) > 1 and "embed" in param.axes
+    axes = param.axes[_by_expert(param) :]
+    matrix = len(axes) > 1 and "embed" in axes
     return math.prod(param.shape(dims)) if matrix else 0  # type: ignore[arg-type]
+
+
+def _by_expert(param: Param) -> bool:
+    """Whether each expert has a slice of a weight."""
+    return param.axes[0] == "experts"
+
+
+def _met(name: str, param: Param, decoder: Decoder) -> float:
+    """What share of a weight one token is multiplied with."""
+    if not _by_expert(param):
+        return 1.0
+    _, stack, block, *_ = name.split("/")
+    return decoder.stacks[int(stack)].block[int(block)].mlp.active(decoder.dims)
 
 
 def _looked_up(name: str, decoder: Decoder) -> bool:

@@ -87,6 +87,11 @@ class Tensor:
         return tuple(math.prod(sizes[axis] for axis in dim.split()) for dim in part.dims)
 
 
+def whole(name: str, weight: str, *dims: str) -> Tensor:
+    """A foreign tensor that holds one weight; `dims` as in `Part`."""
+    return Tensor(name, (Part(weight, dims),))
+
+
 @dataclass(frozen=True)
 class Names:
     """A family's table.
