@@ -23,6 +23,7 @@ from pathlib import Path
 
 from mosaicjax.data.arrays import CHUNK_TOKENS, token_dtype
 from mosaicjax.data.documents import Documents, open_sources
+from mosaicjax.data.fim import FillInMiddle
 from mosaicjax.data.manifest import (
     FORMAT,
     NAME,
@@ -63,11 +64,13 @@ def build(
     field: str = "text",
     layout: Layout = DEFAULT_LAYOUT,
     progress: bool = True,
+    fim: FillInMiddle | None = None,
 ) -> Manifest:
     """Build the token store `out` from documents, or finish the build that was stopped there.
 
     The same sources, tokenizer and settings give the same data files, whatever the number of workers and
-    however often the build was killed. A finished store of the same settings is left as it is.
+    however often the build was killed. A finished store of the same settings is left as it is. `fim` reorders
+    a share of the training documents for fill-in-the-middle.
 
     Raises: InputError for sources or a tokenizer that cannot be used, a directory that holds something else,
     was
@@ -93,6 +96,7 @@ def build(
         held_out=held_out,
         seed=seed,
         layout=layout,
+        fim=fim.resolve(tokenizer) if fim and fim.rate else None,
     )
     with _held(out):
         if (out / NAME).exists():
@@ -154,6 +158,7 @@ def _finish(
         held_out=settings.held_out,
         seed=settings.seed,
         characters=settings.layout.part_characters,
+        fim=settings.fim,
     )
     parts = tokenise(documents, part_settings, workers=workers, progress=progress)
     tables = shuffle(parts)
@@ -183,6 +188,9 @@ def _finish(
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - begun, 3),
         ),
+        fim={"psm": sum(part.psm for part in parts), "spm": sum(part.spm for part in parts)}
+        if settings.fim
+        else {},
     )
     # written among the work, so that a crash leaves no stray file in a finished store
     write_json(out / WORK / NAME, manifest)

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mosaicjax.data.fim import FillInMiddle
 from mosaicjax.errors import InputError
 
 FORMAT = "mosaicjax token store"
@@ -46,6 +47,7 @@ class Settings:
     held_out: float
     seed: int
     layout: Layout
+    fim: FillInMiddle | None = None
 
     def check_same(self, other: Settings, place: Path) -> None:
         """Refuse to go on with other settings than those a directory was begun with.
@@ -103,7 +105,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of `manifest.json`."""
+    """The contents of `manifest.json`.
+
+    `fim` counts the training documents that were reordered for fill-in-the-middle, `psm` and `spm`.
+    """
 
     format: str
     version: int
@@ -114,6 +119,7 @@ class Manifest:
     skipped: dict[str, int]
     files: dict[str, FileRecord]
     time: Built
+    fim: dict[str, int] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:

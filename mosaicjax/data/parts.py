@@ -16,13 +16,15 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from mosaicjax.data import fim
 from mosaicjax.data.documents import Documents
 from mosaicjax.data.split import is_held_out
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
 from mosaicjax.data.workers import run_all
 from mosaicjax.errors import InputError
 
-INDEX = np.dtype([("key", "<u8"), ("held_out", "?"), ("tokens", "<i8"), ("bytes", "<i8")])
+INDEX = np.dtype([("key", "<u8"), ("held_out", "?"), ("tokens", "<i8"), ("bytes", "<i8"), ("fim", "u1")])
+"""One document; `fim` says what fill-in-the-middle made of it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class PartSettings:
     held_out: float
     seed: int
     characters: int
+    fim: fim.FillInMiddle | None = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A finished part."""
+    """A finished part; `psm` and `spm` of its documents were reordered for fill-in-the-middle."""
 
     spill: Path
     index: Path
     documents: int
     tokens: int
     bytes: int
+    psm: int
+    spm: int
 
 
 def tokenise(
@@ -117,11 +122,17 @@ def tokenise_part(part: Part) -> Tokenised:
     """Tokenise a part into its spill file, sorted by split and key, and then write its index."""
     settings = part.settings
     tokenizer = _tokenizer(settings.tokenizer, settings.separator_token)
-    rows = [np.array(ids, settings.dtype) for ids in tokenizer.encode_batch(part.texts)]
+    held_out = [is_held_out(text, settings.held_out) for text in part.texts]
+    kinds = [fim.PLAIN] * len(part.texts)
+    if settings.fim is None:
+        encoded = tokenizer.encode_batch(part.texts)
+    else:
+        encoded, kinds = fim.encode(settings.fim, part.texts, held_out, settings.seed, tokenizer)
+    rows = [np.array(ids, settings.dtype) for ids in encoded]
     index = np.empty(len(rows), INDEX)
     for i, (text, row) in enumerate(zip(part.texts, rows, strict=True)):
         key = shuffle_key(settings.seed, part.first + i)
-        index[i] = (key, is_held_out(text, settings.held_out), len(row), len(text.encode()))
+        index[i] = (key, held_out[i], len(row), len(text.encode()), kinds[i])
     order = np.lexsort((index["key"], index["held_out"]))
     spill, path = part.spill, part.index
     with _whole(spill) as file:
@@ -172,6 +183,9 @@ def _finished(part: Part, path: Path | None) -> Tokenised | None:
         # before its spill file is written over: the sources may be put right again
         raise _changed(path)
     index = np.load(path)
+    if index.dtype != INDEX:
+        # left by an earlier version
+        return None
     expected = int(index["tokens"].sum()) * np.dtype(part.settings.dtype).itemsize
     # a power cut may leave a file shorter than its name promises
     if not part.spill.exists() or part.spill.stat().st_size != expected:
@@ -180,7 +194,15 @@ def _finished(part: Part, path: Path | None) -> Tokenised | None:
 
 
 def _result(spill: Path, path: Path, index: np.ndarray) -> Tokenised:
-    return Tokenised(spill, path, len(index), int(index["tokens"].sum()), int(index["bytes"].sum()))
+    return Tokenised(
+        spill,
+        path,
+        documents=len(index),
+        tokens=int(index["tokens"].sum()),
+        bytes=int(index["bytes"].sum()),
+        psm=int((index["fim"] == fim.PSM).sum()),
+        spm=int((index["fim"] == fim.SPM).sum()),
+    )
 
 
 def _changed(index: Path) -> InputError:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ class Tokenizer:
 
     `size`: ids are below it. `separator`: the id that ends a text. `encoder`: which library encodes. `files`:
     what to copy to have the same tokenizer elsewhere. `pieces[id]`: the bytes an id stands for, none for
-    special tokens.
+    special tokens. `special`: the ids of those by name; no text is encoded as one. `leading_space`: a space
+    may come before a text. `before`: the ids that a model expects before a prompt, `ends`: those that end its
+    text; the separator, unless the model says otherwise.
     """
 
     def __init__(
@@ -47,13 +50,17 @@ class Tokenizer:
         separator: tuple[int, str],
         leading_space: bool,
         files: tuple[Path, ...],
+        special: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._encode = encode
         self._encode_batch = encode_batch
-        self._leading_space = leading_space
+        self.leading_space = leading_space
+        self.special = dict(special)
         self.encoder = encoder
         self.pieces = tuple(pieces)
         self.separator, self.separator_token = separator
+        self.before: tuple[int, ...] = (self.separator,)
+        self.ends: tuple[int, ...] = (self.separator,)
         self.files = files
 
     @property
@@ -88,7 +95,7 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes that ids stand for; special tokens stand for none."""
         data = b"".join(self.pieces[id_] for id_ in ids)
-        return data[1:] if self._leading_space and data.startswith(b" ") else data
+        return data[1:] if self.leading_space and data.startswith(b" ") else data
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text that ids stand for, with U+FFFD where they end within a character."""
@@ -130,22 +137,29 @@ def train_tokenizer(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     field: str = "text",
+    special: Sequence[str] = (),
 ) -> Tokenizer:
     """Train a byte-level BPE on the training split of some sources and write it as a `tokenizer.json`.
 
-    `out` is the file, or the folder to put `tokenizer.json` in. Id 0 is the separator `<|endoftext|>`, 1 to
-    256 the bytes. Validation documents (`is_held_out`) are never seen, and the same sources give the same
-    file.
+    `out` is the file, or the folder to put `tokenizer.json` in. Id 0 is the separator `<|endoftext|>`, then
+    come the tokens of `special` and the 256 bytes. Validation documents (`is_held_out`) are never seen, and
+    the same sources give the same file.
 
-    Raises: InputError where the documents hold fewer than `vocab` tokens worth a merge.
+    Raises: InputError where the documents hold fewer than `vocab` tokens worth a merge, or a special token is
+        one that text may be encoded as.
     """
     check_fraction(held_out)
-    if vocab < 257:
+    least = 257 + len(special)
+    if vocab < least:
         raise InputError(
-            "the vocabulary is too small", expected="at least 257: 256 bytes and a separator", got=vocab
+            "the vocabulary is too small",
+            expected=f"at least {least}: 256 bytes, a separator and {len(special)} special tokens"
+            if special
+            else "at least 257: 256 bytes and a separator",
+            got=vocab,
         )
     documents = open_sources(sources, include=include, exclude=exclude, field=field)
-    trained = _train(documents, vocab, held_out)
+    trained = _train(documents, vocab, held_out, special)
     if trained.get_vocab_size() != vocab:
         raise InputError(
             "the documents do not have that many tokens",
@@ -162,7 +176,7 @@ def train_tokenizer(
     return load_tokenizer(path)
 
 
-def _train(documents: Documents, vocab: int, held_out: float) -> Any:
+def _train(documents: Documents, vocab: int, held_out: float, special: Sequence[str]) -> Any:
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HuggingFace
 
@@ -174,10 +188,19 @@ def _train(documents: Documents, vocab: int, held_out: float) -> Any:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    for token in special:
+        # One piece of the pre-tokenizer's could be built by merges, and would then be no special token.
+        whole = len(tokenizer.pre_tokenizer.pre_tokenize_str(token)) < 2
+        if whole or token in SEPARATORS or special.count(token) > 1:
+            raise InputError(
+                "a special token",
+                expected="a name that is no word, once, and does not end a text, as <fim_prefix>",
+                got=token,
+            )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -267,6 +290,7 @@ def _from_settings(settings: dict[str, Any], files: tuple[Path, ...], separator:
         encoder="tiktoken" if fast else "tokenizers",
         pieces=pieces,
         separator=_find_separator(files[0], ids, special, separator),
+        special={piece: ids[piece] for piece in special},
         leading_space=has_type(settings.get("decoder"), "Strip")
         or has_type(settings.get("decoder"), "Metaspace"),
         files=files,
@@ -355,6 +379,7 @@ def _load_sentencepiece(path: Path, separator: str) -> Tokenizer:
         encoder="sentencepiece",
         pieces=[b"" if id_ in special else _spaced_piece_bytes(name) for id_, name in enumerate(names)],
         separator=(end, names[end]),
+        special={names[id_]: id_ for id_ in special if not model.is_unknown(id_)},
         leading_space=model.encode("a") != []
         and _spaced_piece_bytes(names[model.encode("a")[0]]).startswith(b" "),
         files=(path,),
