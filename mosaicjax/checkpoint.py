@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mosaicjax import processes, storage
-from mosaicjax.checkpoint_arrays import ArraysHandler
+from mosaicjax.checkpoint_arrays import ArraysHandler, Stream, open_saved, reading_context
 from mosaicjax.errors import InputError
 
 FORMAT = 1
@@ -94,8 +94,12 @@ def read_about(run_dir: storage.PathLike, step: int) -> About:
     return About(saved["format"], saved["cursor"], arrays)
 
 
-def restore_params(run_dir: storage.PathLike, step: int, abstract: Any, *, field: str = "params") -> Any:
+def restore_params(
+    run_dir: storage.PathLike, step: int, abstract: Any, *, field: str = "params", cast: bool = False
+) -> Any:
     """Restore one field of the saved state alone; nothing else is read, the optimizer's state neither.
+
+    With `cast`, arrays saved in another dtype are turned into the one asked for; else they are refused.
 
     `abstract` is that field's pytree of `jax.ShapeDtypeStruct`, each with the sharding wanted. In a job of
     several processes all of them call it.
@@ -103,7 +107,37 @@ def restore_params(run_dir: storage.PathLike, step: int, abstract: Any, *, field
     Raises:
         InputError: there is no such checkpoint, or it holds other weights than these.
     """
-    return _restore(run_dir, step, abstract, field=field)
+    return _restore(run_dir, step, abstract, field=field, cast=cast)
+
+
+class Saved:
+    """The arrays of one checkpoint, read by slices on the host, without a device."""
+
+    def __init__(self, run_dir: storage.PathLike, step: int) -> None:
+        """Nothing is read yet."""
+        self.step = step
+        self._folder = storage.join(checkpoints_dir(run_dir), str(step), _STATE)
+        self._context = reading_context()
+        self._opened: dict[str, Any] = {}
+
+    def read(self, name: str, index: tuple[Any, ...]) -> Callable[[], np.ndarray]:
+        """Begin to read a slice of an array; calling what is returned waits for it.
+
+        Raises:
+            InputError: it is not there, or (when waited for) cannot be read.
+        """
+        if name not in self._opened:
+            self._opened[name] = open_saved(self._folder, name, self._context)
+        under_way = self._opened[name][index].read()
+
+        def wait() -> np.ndarray:
+            try:
+                read: np.ndarray = under_way.result()
+            except (ValueError, OSError) as error:
+                raise InputError(f"cannot read {self._folder}: {name}: {storage.one_line(error)}") from error
+            return read
+
+        return wait
 
 
 class Checkpoints:
@@ -165,6 +199,22 @@ class Checkpoints:
         with _context(self._root), _one_line(f"cannot save {path}", path):
             response = ocp.save_checkpointables_async(path, {_STATE: arrays, _ABOUT: about})
         self._pending = (path, response)
+
+    def write(self, step: int, stream: Stream, cursor: Mapping[str, Any]) -> None:
+        """Save arrays that are made while they are written, and return when they are committed.
+
+        Raises:
+            InputError: as `save`, or what stops a block from being made.
+        """
+        self.wait()
+        with processes.refused_by_all(f"saving step {step}"):
+            if processes.current().primary:
+                self._prepare(step)
+        listed = {name: [array.shape, array.dtype.name] for name, array in stream.arrays.items()}
+        about = json.loads(json.dumps({"format": FORMAT, "cursor": dict(cursor), "arrays": listed}))
+        path = storage.join(self._root, str(step))
+        with _context(self._root), _one_line(f"cannot save {path}", path):
+            ocp.save_checkpointables(path, {_STATE: stream, _ABOUT: about})
 
     def wait(self) -> None:
         """Wait until no save is running, and remove what retention no longer keeps.
@@ -313,7 +363,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shaped.shape, dtype, sharding=sharding)
 
 
-def _restore(run_dir: storage.PathLike, step: int, abstract: Any, *, field: str) -> Any:
+def _restore(run_dir: storage.PathLike, step: int, abstract: Any, *, field: str, cast: bool = False) -> Any:
     """Restore one field of the saved state, or with an empty name all of it."""
     path = storage.join(checkpoints_dir(run_dir), str(step))
     wanted = {name: _abstract(leaf) for name, leaf in _named(abstract, field).items()}
@@ -321,6 +371,11 @@ def _restore(run_dir: storage.PathLike, step: int, abstract: Any, *, field: str)
         saved = read_about(run_dir, step).arrays
         if field:
             saved = {name: info for name, info in saved.items() if f"{name}.".startswith(f"{field}.")}
+        if cast:
+            saved = {
+                name: ArrayInfo(info.shape, wanted[name].dtype.name) if name in wanted else info
+                for name, info in saved.items()
+            }
         _compare(path, wanted, saved)
     with _context(path), _one_line(f"cannot restore {path}", path):
         restored = ocp.load_checkpointables(path, {_STATE: wanted})[_STATE]

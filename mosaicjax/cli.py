@@ -55,6 +55,8 @@ def parser() -> Parser:
     _add_show(commands)
     _add_generate(commands)
     _add_evaluate(commands)
+    _add_import(commands)
+    _add_export(commands)
     _add_data(commands)
     return top
 
@@ -98,7 +100,7 @@ def _add_show(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     command = _command(commands, "generate", _generate, "go on with a prompt")
-    command.add_argument("model", help="a run directory")
+    command.add_argument("model", help="a run, an imported model, or a Hugging Face directory")
     command.add_argument("--prompt", action="append", required=True, help="give it again for a batch")
     command.add_argument("--max-tokens", type=int, default=200)
     command.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time")
@@ -111,6 +113,30 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
 def _add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
     command = _command(commands, "evaluate", _evaluate, "held-out bits of a run, beside gzip -9")
     command.add_argument("model", help="a run directory")
+
+
+def _add_import(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = _command(commands, "import", _import, "a Hugging Face model into a directory to start from")
+    command.add_argument("source", help="a directory with config.json and .safetensors or .bin files")
+    command.add_argument("--out", required=True, help="the directory to make; s3:// and gs:// too")
+    _add_dtype(command)
+    _add_processes(command)
+
+
+def _add_export(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = _command(commands, "export", _export, "a run or imported model for Hugging Face Transformers")
+    command.add_argument("model", help="a run directory, or an imported model")
+    command.add_argument("--out", required=True, help="the directory to make; s3:// and gs:// too")
+    command.add_argument("--step", type=int, default=-1, help="of the checkpoint (default: the newest)")
+    command.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file, as 500MB or 5GB")
+    _add_dtype(command)
+
+
+def _add_dtype(command: Parser) -> None:
+    names = ("own", "float32", "bfloat16", "float16")
+    command.add_argument(
+        "--dtype", choices=names, default="own", help="of the weights (default: as they are)"
+    )
 
 
 def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -130,7 +156,19 @@ def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
     build.add_argument("--tokenizer", required=True, help="tokenizer.json, tokenizer.model, or their folder")
     build.add_argument("--seed", type=int, default=0, help="of the documents' order")
     build.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    build.add_argument(
+        "--fim", type=float, default=0.0, metavar="RATE", help="share reordered for fill-in-the-middle"
+    )
+    build.add_argument(
+        "--fim-spm", type=float, default=0.5, metavar="SHARE", help="of those, as suffix, prefix, middle"
+    )
+    build.add_argument(
+        "--fim-tokens", default="", metavar="PREFIX,MIDDLE,SUFFIX", help="(default: the usual names)"
+    )
     tokenizer.add_argument("--vocab", type=int, required=True, help="how many ids")
+    tokenizer.add_argument(
+        "--special", action="append", default=[], metavar="TOKEN", help="a special token; may be repeated"
+    )
     verify = _command(steps, "verify", _data_verify, "compare a store's files with their checksums")
     verify.add_argument("store")
 
@@ -213,9 +251,43 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _import(options: argparse.Namespace) -> int:
+    _start(options)
+    from mosaicjax import processes
+    from mosaicjax.hub import import_model
+
+    primary = processes.current().primary
+    import_model(
+        options.source, options.out, dtype=options.dtype, say=print if primary else lambda line: None
+    )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    size = _bytes(options.shard_size)
+    from mosaicjax.hub import export_model
+
+    export_model(
+        options.model, options.out, step=options.step, dtype=options.dtype, shard_bytes=size, say=print
+    )
+    return 0
+
+
+def _bytes(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.strip().isdecimal() or int(number) < 1:
+        raise InputError("--shard-size", expected="a whole number of KB, MB or GB, as 5GB", got=text)
+    return int(number) * units[unit]
+
+
 def _data_build(options: argparse.Namespace) -> int:
     from mosaicjax.data.build import build
+    from mosaicjax.data.fim import FillInMiddle
 
+    tokens = tuple(options.fim_tokens.split(",")) if options.fim_tokens else ()
+    if tokens and not options.fim:
+        raise InputError("--fim-tokens without --fim", fix="--fim RATE, such as 0.5")
     manifest = build(
         options.sources,
         options.out,
@@ -226,9 +298,15 @@ def _data_build(options: argparse.Namespace) -> int:
         include=options.include,
         exclude=options.exclude,
         field=options.field,
+        fim=FillInMiddle(options.fim, options.fim_spm, tokens),
     )
     for name, counts in manifest.splits.items():
         print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")
+    if manifest.fim:
+        print(
+            f"fill-in-the-middle: {manifest.fim['psm']:,} documents as prefix, suffix, middle and"
+            f" {manifest.fim['spm']:,} as suffix, prefix, middle"
+        )
     if manifest.skipped:
         print("left out: " + ", ".join(f"{count:,} {why}" for why, count in manifest.skipped.items()))
     return 0
@@ -245,6 +323,7 @@ def _data_tokenizer(options: argparse.Namespace) -> int:
         include=options.include,
         exclude=options.exclude,
         field=options.field,
+        special=options.special,
     )
     return 0
 

@@ -20,9 +20,11 @@ from mosaicjax.evaluate.heldout import Evaluator
 from mosaicjax.generate import ONE_DEVICE, Sampling, generate, load_run
 from mosaicjax.log import read_rows
 from mosaicjax.mesh import shardings
+from mosaicjax.models import flops
+from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe_file import Loaded, from_run
 from mosaicjax.report.curve import draw_curve
-from mosaicjax.report.live import LiveLine
+from mosaicjax.report.live import LiveLine, format_count
 from mosaicjax.report.summary import SUMMARY, summary_line, write_summary
 from mosaicjax.run import chips_text, epochs, open_data, prepare
 from mosaicjax.train import Profile, Run, train
@@ -50,6 +52,8 @@ def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple
 
     ready = prepare(loaded, out, say)
     say(chips_text(ready) + f", {epochs(ready):.2f} epochs; into {out}")
+    if ready.hardware.peak_flops is not None and not isinstance(ready.decoder, Decoder):
+        say(f"MFU counts {flops.described(ready.decoder, ready.flops_per_token, format_count)}")
     # A run that was killed between its last checkpoint and its summary has yet to be finished.
     if ready.cursor.step >= ready.recipe.steps and storage.exists(storage.join(out, SUMMARY)):
         say(f"finished already, at step {ready.cursor.step:,}; more --steps go on from there")
@@ -80,6 +84,8 @@ def finish(run: Run, say: Callable[[str], None]) -> None:
         write_summary(ready.out, outcome)
         say(summary_line(outcome))
     text = sample(run)
+    if not isinstance(ready.decoder, Decoder):
+        say("no sample: a module of one's own has no cache of keys and values to write with")
     if run.primary:
         if text:
             storage.write_text(storage.join(ready.out, SAMPLE), text + "\n")
@@ -88,9 +94,12 @@ def finish(run: Run, say: Callable[[str], None]) -> None:
 
 
 def sample(run: Run) -> str:
-    """What the model writes of itself; nothing in a job of several processes, which share no prompt."""
+    """What the model writes of itself.
+
+    Nothing in a job of several processes, which share no prompt, or of a module of one's own.
+    """
     ready = run.ready
-    if processes.current().count > 1:
+    if processes.current().count > 1 or not isinstance(ready.decoder, Decoder):
         return ""
     settings = Sampling(
         max_tokens=min(SAMPLE_TOKENS, ready.recipe.seq), temperature=0.8, seed=ready.recipe.seed

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import codecs
 import math
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -18,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mosaicjax import recipe_file, storage
-from mosaicjax.checkpoint import complete_steps, restore_params
-from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
+from mosaicjax import storage
+from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.errors import InputError
+from mosaicjax.hub import start
 from mosaicjax.mesh import BATCH, REST, Layout, Mesh, shardings
 from mosaicjax.models.decode import NOT_FINITE, Caches, Choice, choose, decode_step, prefill, sequence_keys
 from mosaicjax.models.decoder import Decoder
@@ -36,10 +32,8 @@ CACHE_BUCKET = 256
 LEAST_TEMPERATURE = 1e-6
 """Below it a division by the temperature leaves float32."""
 
-LATEST = -1
+LATEST = start.NEWEST
 """A run's newest checkpoint."""
-
-TOKENIZER_DIR = "tokenizer"
 
 Finish = Literal["separator", "stop", "length"]
 OnText = Callable[[int, str], None]
@@ -145,7 +139,7 @@ class _Writer:
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
-        if token == self._tokenizer.separator:
+        if token in self._tokenizer.ends:
             self.end("separator")
             return
         data = self._tokenizer.pieces[token]
@@ -194,7 +188,8 @@ class Generator:
         if not prompts:
             return []
         separator = self.tokenizer.separator
-        ids = [[separator, *encoded] for encoded in self.tokenizer.encode_batch(prompts)]
+        encoded = self.tokenizer.encode_batch(prompts)
+        ids = [[*self.tokenizer.before, *prompt] or [separator] for prompt in encoded]
         self._check_lengths(ids, settings.max_tokens)
         writers = [
             _Writer(self.tokenizer, prompt, settings.stop, partial(on_text, i))
@@ -291,9 +286,9 @@ def generate(
 ) -> list[Completion]:
     """One completion a prompt, in their order; `on_text(i, text)` gets prompt i's text as it is written.
 
-    A prompt is read as the beginning of a document: the separator comes before it, and an empty one is the
-    separator alone. The texts given to `on_text` make up the completion's text. To write several times with
-    one model, keep a `Generator`: this compiles anew.
+    A prompt is read as the beginning of a document: what the tokenizer says comes before it, which is the
+    separator for models trained here. An empty one is that alone. The texts given to `on_text` make up the
+    completion's text. To write several times with one model, keep a `Generator`: this compiles anew.
 
     Raises:
         InputError: settings that mean nothing, prompts with `max_tokens` longer than the model's positions,
@@ -309,58 +304,35 @@ Run = tuple[Decoder, Any, Layout, Dtypes, Tokenizer]
 
 
 def load_run(run_dir: storage.PathLike, mesh: Mesh = ONE_DEVICE, step: int = LATEST) -> Run:
-    """The model and tokenizer of a run directory, from that alone, ready to generate.
+    """The model and tokenizer of a run, an imported model or a Hugging Face directory, ready to generate.
 
-    Weights come from the checkpoint of `step` and are cast to the compute dtype, as every layer would cast
-    them. They are placed on `mesh`, whatever mesh the run had: on as many of this process's devices as its
-    sizes multiply to, on all of them with `REST`.
+    Weights come from the checkpoint of `step` (a Hugging Face directory has none) and are cast to the compute
+    dtype, as every layer would cast them; for models not trained here that is the dtype that they rest in.
+    They are placed on `mesh`, whatever mesh they had: on as many of this process's devices as its sizes
+    multiply to, on all of them with `REST`.
 
     Raises:
-        InputError: no recipe, no checkpoint, or no tokenizer there, or they do not fit each other.
+        InputError: no model, no checkpoint, or no tokenizer there, or they do not fit each other.
     """
-    recipe = recipe_file.from_run(str(run_dir)).recipe
-    steps = complete_steps(run_dir)
-    if not steps:
-        raise InputError(f"{run_dir} holds no checkpoint", fix="wait for its first save, or train it")
+    model, dtypes = start.described(run_dir)
     layout = mesh.build(_devices(mesh))
-    decoder = recipe.model.build()
+    decoder = model.decoder()
     spec = decoder.spec()
     layout.check(spec)
     tokenizer = load_run_tokenizer(run_dir)
-    abstract = spec.abstract(recipe.dtypes.param, shardings(spec, layout))
-    saved = restore_params(run_dir, steps[-1] if step == LATEST else step, abstract, field="trainable")
-    leaves, structure = jax.tree.leaves(saved), jax.tree.structure(saved)
-    del saved
-    # One after the other, so that the whole model is never there in both dtypes.
-    for i, leaf in enumerate(leaves):
-        leaves[i] = leaf.astype(recipe.dtypes.compute)
-    return decoder, jax.tree.unflatten(structure, leaves), layout, recipe.dtypes, tokenizer
+    abstract = spec.abstract(dtypes.compute, shardings(spec, layout))
+    return decoder, start.weights(run_dir, step, abstract), layout, dtypes, tokenizer
 
 
 def load_run_tokenizer(run_dir: storage.PathLike) -> Tokenizer:
-    """The tokenizer whose files a run directory keeps.
+    """The tokenizer whose files a model's directory keeps.
 
     From a remote store they are copied to a temporary folder, that lives as long as the tokenizer.
 
     Raises:
         InputError: there is none.
     """
-    source = storage.join(run_dir, TOKENIZER_DIR)
-    names = storage.list_dir(source)
-    if not names:
-        raise InputError(f"{run_dir} holds no tokenizer", expected=f"its files in {source}")
-    if not storage.is_remote(run_dir):
-        return load_tokenizer(storage.local(source))
-    folder = Path(tempfile.mkdtemp(prefix="mosaicjax-tokenizer-"))
-    try:
-        for name in names:
-            storage.copy_file(storage.join(source, name), folder / name)
-        tokenizer = load_tokenizer(folder)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    weakref.finalize(tokenizer, shutil.rmtree, folder)
-    return tokenizer
+    return start.tokenizer(run_dir)
 
 
 def _devices(mesh: Mesh) -> list[jax.Device]:

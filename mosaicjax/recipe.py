@@ -13,6 +13,7 @@ from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.models.family import Family
+from mosaicjax.models.model import Model
 from mosaicjax.optim import AdamW, Optimizer
 from mosaicjax.program import DecoderLoss, Method, Phase, Program
 from mosaicjax.spec import Dtypes, Spec
@@ -63,8 +64,8 @@ class Recipe:
     Units: `seq` target tokens a row; `batch` rows a step over all devices; `microbatch` rows at once over all
     devices (WHOLE: the batch), which changes memory and rounding but not the gradient. `methods` are applied
     in the order listed. `skips` are data steps left out, counted from 0 (past a batch that brought a NaN).
-    `init_from` is a run whose weights start this one ("": drawn from the seed). `price`
-    overrides the list price of the chip.
+    `init_from` is a run, an imported model or a Hugging Face directory whose weights start this one ("":
+    drawn from the seed). `price` overrides the list price of the chip.
     """
 
     model: Family
@@ -113,15 +114,22 @@ class Recipe:
             raise InputError(
                 f"dtypes.{wide[0]} float64 needs 64 bits in jax", fix="JAX_ENABLE_X64=1 before the command"
             )
-        self.model.build().check(self.seq)
+        model = self.model.build()
+        model.check(self.seq)
         self.loss.check(self.seq)
+        if self.loss.chunk and not isinstance(model, Decoder):
+            raise InputError(
+                "loss.chunk with a module of one's own, whose logits come whole",
+                expected=0,
+                got=self.loss.chunk,
+            )
 
     def phase(self) -> Phase:
         """The shape of its batches."""
         return Phase(self.seq, self.batch, self.microbatch or self.batch)
 
-    def program(self) -> tuple[Decoder, Program]:
-        """The decoder, and the program of its train step with all methods applied."""
+    def program(self) -> tuple[Model, Program]:
+        """The model, and the program of its train step with all methods applied."""
         decoder = self.model.build()
         spec = decoder.spec()
         loss = DecoderLoss(decoder, self.loss, self.dtypes, packed=self.data.isolate, measure=self.log.norms)

@@ -16,14 +16,16 @@ from typing import Any
 import jax
 
 from mosaicjax import processes, recipe_file, storage
-from mosaicjax.checkpoint import Checkpoints, complete_steps, restore_params
+from mosaicjax.checkpoint import Checkpoints, complete_steps
 from mosaicjax.data.store import Store
 from mosaicjax.data.stream import HeldOut, Stream
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, find_chip
+from mosaicjax.hub import start
+from mosaicjax.hub.model_dir import MODEL_JSON
 from mosaicjax.log import BEFORE_FIRST_STEP, METRICS, read_rows
 from mosaicjax.models import flops
-from mosaicjax.models.decoder import Decoder
+from mosaicjax.models.model import Model
 from mosaicjax.recipe import Recipe, check_vocabulary
 from mosaicjax.recipe_file import Loaded
 from mosaicjax.step import Step, TrainState
@@ -92,7 +94,7 @@ class Ready:
     loaded: Loaded
     out: str
     data: Data
-    decoder: Decoder
+    decoder: Model
     step: Step
     hardware: Hardware
     flops_per_token: flops.Flops
@@ -145,6 +147,11 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         storage.make_dirs(out)
         steps = complete_steps(out)
         # Before its first checkpoint a run has nothing that another recipe could contradict.
+        if storage.exists(storage.join(out, MODEL_JSON)):
+            raise InputError(
+                f"{out} holds an imported model",
+                fix=f"another --out, with --init-from {out} to start from it",
+            )
         if steps and storage.exists(storage.join(out, recipe_file.RECIPE_JSON)):
             before = recipe_file.from_run(out)
             recipe_file.check_code(before, loaded, out)
@@ -160,7 +167,8 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         if latest >= 0:
             cursor = read_cursor(out, latest, data)
         elif recipe.init_from:
-            weights_step(recipe.init_from)
+            for line in start.check_start(recipe.init_from, recipe.model, program.trainable):
+                say(line)
         cursor = replace(cursor, skips=recipe.skips, seconds=seconds_spent(out, cursor.seconds))
     return Ready(
         loaded, out, data, decoder, step, hardware(recipe), flops.per_token(decoder, recipe.seq), cursor
@@ -240,23 +248,8 @@ def first_state(ready: Ready) -> TrainState:
             restored: TrainState = checkpoints.restore(ready.cursor.step, step.abstract_state())
         return restored
     if recipe.init_from:
-        with processes.refused_by_all("init_from"):
-            latest = weights_step(recipe.init_from)
-        weights = restore_params(recipe.init_from, latest, step.abstract_state().trainable, field="trainable")
-        return step.start(weights)
+        return step.start(start.weights(recipe.init_from, start.NEWEST, step.abstract_state().trainable))
     return step.init()
-
-
-def weights_step(run: str) -> int:
-    """The step of the weights that another run starts from: its newest checkpoint's.
-
-    Raises:
-        InputError: it has none.
-    """
-    steps = complete_steps(run)
-    if not steps:
-        raise InputError("init_from has no checkpoint", expected="a run directory", got=run)
-    return steps[-1]
 
 
 def record(ready: Ready) -> None:

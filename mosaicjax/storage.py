@@ -8,7 +8,7 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from mosaicjax.errors import InputError
 
@@ -68,6 +68,32 @@ def read_bytes(path: PathLike) -> bytes:
             return bytes(_filesystem(path).cat_file(os.fspath(path)))
         with open(local(path), "rb") as file:
             return file.read()
+
+
+def file_size(path: PathLike) -> int:
+    """Units: bytes.
+
+    Raises:
+        InputError: it is missing or cannot be looked at.
+    """
+    with _refusal("read", path):
+        if is_remote(path):
+            return int(_filesystem(path).size(os.fspath(path)))
+        return os.path.getsize(local(path))
+
+
+def read_range(path: PathLike, begin: int, end: int) -> bytes:
+    """The bytes of one file from `begin` up to `end`; fewer where the file is shorter.
+
+    Raises:
+        InputError: it is missing or cannot be read.
+    """
+    with _refusal("read", path):
+        if is_remote(path):
+            return bytes(_filesystem(path).cat_file(os.fspath(path), start=begin, end=end))
+        with open(local(path), "rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
 
 
 def read_text(path: PathLike) -> str:
@@ -168,6 +194,36 @@ def copy_file(source: PathLike, target: PathLike) -> None:
                     shutil.copyfileobj(incoming, outgoing, _COPY_BYTES)
             else:
                 _replace_local(local(target), incoming)
+
+
+@contextlib.contextmanager
+def reading(path: PathLike) -> Iterator[IO[bytes]]:
+    """A file to be read in pieces, anywhere in it.
+
+    Raises:
+        InputError: it is missing or cannot be read.
+    """
+    with _refusal("read", path), _open(path, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def appending(path: PathLike) -> Iterator[IO[bytes]]:
+    """A new file to be written from its beginning to its end, on the disk once the block is left.
+
+    Other than with `write_bytes`, a reader finds the part that is written so far.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    with _refusal("write", path):
+        if not is_remote(path):
+            os.makedirs(os.path.dirname(local(path)), exist_ok=True)
+        with _open(path, "wb") as file:
+            yield file
+            file.flush()
+            if not is_remote(path):
+                os.fsync(file.fileno())
 
 
 def check_writable(path: PathLike) -> None:

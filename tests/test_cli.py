@@ -83,7 +83,7 @@ def one_line(stderr):
             ["--seq", "100000"],
             r".*train is shorter than one row; expected at least 100001 tokens; got \d+; .*",
         ),
-        (["--init-from", "nowhere"], "init_from has no checkpoint; expected a run directory; got nowhere"),
+        (["--init-from", "nowhere"], r"nowhere holds no model; expected a run \(recipe.json\), .*"),
         (["--profile", "3"], "--profile; expected FIRST:LAST, steps from 1, as 10:13; got 3"),
         (["--profile", "0:3"], "--profile; expected .*; got 0:3"),
         (["--profile", "3:2"], "--profile; expected .*; got 3:2"),

@@ -54,8 +54,9 @@ def some(kind, **fields):
 
 
 SCALINGS = st.one_of(some(kind) for kind in (RopeScaling, LinearScaling, DynamicScaling, Llama3Scaling))
+PAIRS = st.sampled_from(["halves", "adjacent"])
 POSITIONS = st.one_of(
-    some(Position), some(Learned), some(Alibi), some(Rotary, scaling=SCALINGS), st.just(Rotary())
+    some(Position), some(Learned), some(Alibi), some(Rotary, scaling=SCALINGS, pairs=PAIRS), st.just(Rotary())
 )
 NORMS = st.one_of(some(kind) for kind in (Norm, LayerNorm, RmsNorm))
 SCHEDULES = st.one_of(
@@ -306,5 +307,7 @@ def test_json_is_what_a_person_can_read(recipe):
         "peak": 2e-3,
         "warmup": 4,
         "final": 0.1,
+        "over": 0,
+        "floor": 0.0,
     }
     assert contents["model"]["remat"] == "none"
