@@ -5,8 +5,8 @@
     mosaicjax train recipes/llama3_8b.py
 
 Meta took 1.3 million H100-80GB hours: $8.9 million at the list price in mosaicjax/hardware.py. No loss is
-published. mosaicjax was not measured at this size. 512 rows divide over a slice of up to 512 chips; rows of
-8,192 want 32 chips of 95 GB or more.
+published. mosaicjax was not measured at this size. Meant for a slice of 32 to 128 chips of 95 GB: 128 rows
+are worked on at once.
 
 Source: arXiv 2407.21783, table 3 (sizes, peak rate), section 3.2 (positions, mask between documents),
 section 3.4.1 (schedule, of the 405B); model card and `config.json` of meta-llama/Meta-Llama-3-8B
@@ -42,6 +42,7 @@ recipe = Recipe(
     data=TokenStore("data/text-llama3", isolate=True),
     seq=8_192,
     batch=512,  # * 4M tokens, Llama 2's and the 405B's first
+    microbatch=128,
     steps=3_576_279,
     seed=17,  # * not published
     optimizer=AdamW(

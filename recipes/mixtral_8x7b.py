@@ -8,7 +8,8 @@ The option is for TPUs, whose kernel multiplies a token with its own experts alo
 recipe names, runs on any device. 12.9B of the parameters work on a token. Mistral AI publishes neither
 tokens, schedule, batch, loss, time nor cost, and mosaicjax was not measured at this size: what is assumed is
 marked *. 128 rows divide over a slice of up to 128 chips; weights, gradients and Adam's moments in float32
-take 747 GB in all.
+take 747 GB in all. The reference attention holds a row's scores whole, 137 GB a layer at 32,768 tokens,
+which no chip has room for: `--seq 4096 --batch 1024 --microbatch 128` are as many tokens a step.
 
 Source: arXiv 2401.04088, table 1 and section 1 (sizes, experts, positions); `config.json` of
 mistralai/Mixtral-8x7B-v0.1 (rotary theta, norm, balance loss, no window).

@@ -39,6 +39,7 @@ recipe = Recipe(
     data=TokenStore("data/c4-gpt-neox"),
     seq=2_048,
     batch=256,
+    microbatch=16,  # of all devices: more than 16 of them want more (the YAML: 16 each)
     steps=4_800,
     seed=17,
     optimizer=AdamW(lr=Cosine(peak=6e-4, warmup=100, final=0.1), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0),

@@ -36,6 +36,7 @@ recipe = Recipe(
     data=TokenStore("data/c4-gpt-neox"),
     seq=2_048,
     batch=512,
+    microbatch=32,  # of all devices: more than 32 of them want more (the YAML: 4 each)
     steps=24_800,
     seed=17,
     optimizer=AdamW(lr=Cosine(peak=2e-4, warmup=100, final=0.1), b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0),

@@ -4,7 +4,7 @@
         --tokenizer gpt-neox-20b/tokenizer.json --out data/mpt-mix-gpt-neox
     mosaicjax train recipes/mpt_30b.py
     mosaicjax train recipes/mpt_30b.py --init-from runs/mpt_30b --out runs/mpt_30b-8k \
-        --seq 8192 --batch 512 --steps 11921
+        --seq 8192 --batch 512 --microbatch 256 --steps 11921
 
 No loss, time or cost is published for the run itself. llm-foundry makes 281,491 tokens a second of a model
 of this size on 128 H100: 41 days and $869,000 for 1T tokens at the list price in mosaicjax/hardware.py.

@@ -19,6 +19,7 @@ from mosaicjax.layers.position import Rotary
 from mosaicjax.mesh import fsdp
 from mosaicjax.methods.clip import ClipGradients
 from mosaicjax.models import neox
+from mosaicjax.models.decoder import Remat
 from mosaicjax.optim import AdamW, Cosine
 from mosaicjax.recipe import Eval, Recipe, Save
 from mosaicjax.spec import Dtypes
@@ -32,6 +33,7 @@ recipe = Recipe(
         vocab=50_304,  # the tokenizer's 50,277 to a multiple of 128
         position=Rotary(fraction=0.25),
         init=SmallInit(),  # small_init and wang_init
+        remat=Remat.FULL,  # checkpoint-activations
     ),  # * exact GELU, as published for inference: training's fused kernel took the tanh form
     data=TokenStore("data/pile-gpt-neox"),
     seq=2_048,

@@ -4,10 +4,8 @@ A new file of recipes/ fails here until it is listed with its published count.
 """
 
 import dataclasses
-import json
 import math
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -185,7 +183,7 @@ def test_parameters_are_the_published_ones_to_the_last(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_step_is_traced_at_full_size(name):
     recipe = recipe_of(name)
-    step = described(recipe, 32 if recipe.batch % 32 == 0 else 8)
+    step = described(recipe, math.gcd(32, recipe.microbatch or recipe.batch))
     arguments = step.abstract_frozen(), step.abstract_batch(), step.abstract_signals()
     state, halted, metrics = jax.eval_shape(step, step.abstract_state(), *arguments)
     assert halted.shape == metrics["loss"].shape == metrics["grad_norm"].shape == ()
@@ -260,69 +258,61 @@ def test_transformers_counts_the_same(name):
 
 
 SMALL = {"layers": 2, "embed": 64, "heads": 2}
-LONGEST = 8_192
+LONGEST = 2_048
 
 
-def small(name) -> list[str]:
-    """Options that make a recipe's model narrow and shallow, and nothing else of it."""
-    model = recipe_of(name).model
+def small(model) -> list[object]:
+    """Options that make a recipe's model narrow and shallow, and change nothing else of it."""
     sizes = SMALL | {"mlp": model.mlp * SMALL["embed"] // model.embed}
-    if getattr(model, "kv_heads", 0):
+    fields = {field.name for field in dataclasses.fields(model)}
+    if "kv_heads" in fields and model.kv_heads:
         sizes["kv_heads"] = 1
-    if any(field.name == "head_dim" for field in dataclasses.fields(model)) and model.head_dim:
+    if "head_dim" in fields and model.head_dim:
         sizes["head_dim"] = SMALL["embed"] // SMALL["heads"]
-    return [word for key, size in sizes.items() for word in (f"--model.{key.replace('_', '-')}", str(size))]
+    return [word for name, size in sizes.items() for word in (f"--model.{name.replace('_', '-')}", size)]
 
 
 @pytest.fixture(scope="module")
-def small_runs(tmp_path_factory) -> Callable[[str], Path]:
-    """Two steps of every recipe, in one process of one device; gives a run that ended well by its name."""
+def store(tmp_path_factory) -> Path:
+    """A token store of short documents, none held out."""
     folder = tmp_path_factory.mktemp("recipes")
     documents = folder / "documents.jsonl"
     tiny.write_documents(documents, count=600)
     tokenizer = train_tokenizer([documents], folder / "tokenizer", vocab=tiny.VOCAB, held_out=0.0)
-    store = folder / "store"
-    build([documents], store, tokenizer=tokenizer, held_out=0.0, workers=1, progress=False)
-    commands = []
-    for name in NAMES:
-        options = ["--out", folder / name, "--steps", 2, "--batch", 1, "--data.path", store]
-        options += ["--eval.every", 0, "--seq", min(recipe_of(name).seq, LONGEST)]
-        commands.append(["train", *map(str, [FOLDER / f"{name}.py", *options]), *small(name)])
-    plan = folder / "plan.jsonl"
-    plan.write_text("".join(json.dumps(command) + "\n" for command in commands))
-    done = subprocess.run(
-        jobs.command("recipe_worker.py", plan), env=jobs.environment(1), capture_output=True, text=True
-    )
-    codes = dict(zip(NAMES, done.stdout.splitlines(), strict=False))
-
-    def run(name: str) -> Path:
-        assert codes.get(name) == "0", done.stderr[-4000:]
-        return folder / name
-
-    return run
+    build([documents], folder / "store", tokenizer=tokenizer, held_out=0.0, workers=1, progress=False)
+    return folder / "store"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_two_steps_of_a_narrow_and_shallow_one(name, small_runs):
-    """Vocabulary, norms, positions, init, optimizer, methods, dtypes and loss are the recipe's.
+def test_two_steps_of_a_narrow_and_shallow_one(name, store, tmp_path):
+    """Vocabulary, norms, positions, init, experts, optimizer, methods, dtypes and loss are the recipe's.
 
-    What gives way to two CPU cores beside width and depth: the batch is one row, on one device; rows are at
-    most 8,192 tokens; nothing is held out.
+    What gives way to two CPU cores beside width and depth: a batch is one row, on one device; rows are at
+    most 2,048 tokens; nothing is held out; and the run ends with its last checkpoint, without a sample.
     """
-    out = small_runs(name)
-    recipe, loaded = recipe_of(name), recipe_file.from_run(str(out)).recipe
+    recipe, out = recipe_of(name), tmp_path / name
+    options = ["--steps", 2, "--batch", 1, "--microbatch", 0, "--seq", min(recipe.seq, LONGEST)]
+    options += ["--data.path", store, "--eval.every", 0, "--log.tensorboard", "False", *small(recipe.model)]
+    done = subprocess.run(
+        jobs.command("recipe_worker.py", FOLDER / f"{name}.py", out, *options),
+        env=jobs.environment(1) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    loaded = recipe_file.from_run(str(out)).recipe
     changed = {change.name for change in recipe_file.changes(recipe, loaded)}
-    allowed = {"steps", "batch", "data.path", "eval.every"} | ({"seq"} if recipe.seq > LONGEST else set())
-    assert {field for field in changed if not field.startswith("model.")} <= allowed
-    sizes = {"model.layers", "model.embed", "model.heads", "model.kv_heads", "model.head_dim", "model.mlp"}
-    assert {field for field in changed if field.startswith("model.")} <= sizes
+    allowed = {"steps", "batch", "microbatch", "data.path", "eval.every", "log.tensorboard"}
+    allowed |= {f"model.{size}" for size in ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp")}
+    assert changed <= allowed | ({"seq"} if recipe.seq > LONGEST else set())
     rows = tiny.metrics(out)
     assert [row["step"] for row in rows] == [1, 2]
     assert [row["tokens"] for row in rows] == [loaded.seq, 2 * loaded.seq]
     uniform = math.log(recipe.model.vocab)
-    assert uniform - 0.5 < rows[0]["loss"] < uniform + 2.5
+    assert uniform - 0.5 < rows[0]["loss"] < uniform + 2.0
     assert rows[1]["loss"] < rows[0]["loss"] + 0.5
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     rate = recipe.optimizer.lr.build(2)
     assert [row["lr"] for row in rows] == pytest.approx([float(rate(0)), float(rate(1))])
+    assert tiny.complete(out) == [2]

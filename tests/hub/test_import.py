@@ -15,7 +15,7 @@ from mosaicjax.hub.foreign_dir import open_model
 from mosaicjax.hub.model_dir import read_imported
 from mosaicjax.hub.read import load
 from mosaicjax.mesh import Mesh, shardings
-from mosaicjax.models import llama
+from mosaicjax.models import llama, mixtral
 from mosaicjax.spec import path_name
 from tests import jobs, tiny
 from tests.hub import models
@@ -68,6 +68,16 @@ def test_weights_reach_every_mesh_to_the_last_bit(tmp_path, mesh, family, config
     )
     import_model(str(source), str(tmp_path / "run"))
     assert_same_bits(start.weights(tmp_path / "run", start.NEWEST, abstract), models.expected(arrays, family))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rules", [{}, {"experts": "fsdp", "embed": "none"}], ids=["whole", "spread"])
+def test_experts_reach_the_devices_that_hold_them(tmp_path, rules, dtype):
+    family = mixtral.Config(layers=2, embed=16, heads=4, kv_heads=2, head_dim=4, mlp=24, vocab=32, experts=4)
+    arrays = models.tensors(family, dtype)
+    source = models.write(tmp_path / "hf", arrays, family.to_hf(128))
+    loaded = load(open_model(source), placed(family, Mesh(fsdp=(4,), tensor=2, rules=rules), dtype))
+    assert_same_bits(loaded, models.expected(arrays, family))
 
 
 @pytest.mark.parametrize("stored", sorted(models.DTYPES))
