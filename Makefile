@@ -16,13 +16,14 @@ CORPUS := --include '*.py' --exclude site-packages --exclude test --exclude test
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help install quickstart check-quickstart test test-slow soak lint format lock clean
+.PHONY: help install quickstart check-quickstart test peers test-slow soak lint format lock clean
 
 help:
 	@echo "make install     the locked environment in $(VENV) (every target below does this first)"
 	@echo "make quickstart  tokenizer, token store, a small model, a resume and a sample, in minutes on a CPU"
 	@echo "make test        the fast tests"
-	@echo "make test-slow   the slow tests and those against peer libraries"
+	@echo "make peers       the libraries that some tests compare with, in $(VENV) too: PyTorch and Transformers"
+	@echo "make test-slow   the slow tests, and those against peer libraries where these are installed"
 	@echo "make soak        random kills and resumes, for as long as SOAK_MINUTES says"
 	@echo "make lint        ruff and mypy"
 	@echo "make lock        write $(LOCK) anew from pyproject.toml"
@@ -46,6 +47,10 @@ $(INSTALLED): pyproject.toml $(LOCKED)
 
 test: $(INSTALLED)
 	$(PY) -m pytest -m "not slow and not peer and not soak" -n $(WORKERS)
+
+# Large, and of no use but to compare with: in no lock. A CPU build of PyTorch, where pip can find one, will do.
+peers: $(INSTALLED)
+	$(PY) -m pip install --quiet --requirement tests/peers.txt
 
 # pytest exits with 5 when a marker selects nothing, which is no failure of this tier.
 test-slow: $(INSTALLED)
