@@ -236,7 +236,7 @@ def converter() -> cattrs.Converter:
                 fields[name] = convert.structure(value[name], hints[name])
             except InputError:
                 raise
-            except (TypeError, ValueError, cattrs.BaseValidationError) as error:
+            except (TypeError, ValueError, cattrs.BaseValidationError, cattrs.errors.CattrsError) as error:
                 hint = hints[name]
                 raise InputError(
                     f"{RECIPE_JSON}: {kind.__name__}.{name}",

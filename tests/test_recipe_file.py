@@ -311,3 +311,11 @@ def test_json_is_what_a_person_can_read(recipe):
         "floor": 0.0,
     }
     assert contents["model"]["remat"] == "none"
+
+
+@pytest.mark.parametrize("word", ["", "float8"])
+def test_json_with_a_word_that_is_no_choice_is_refused(recipe, word):
+    values = json.loads(recipe_file.to_json(recipe))
+    values["dtypes"]["compute"] = word
+    with pytest.raises(InputError, match=r"recipe.json: Dtypes.compute; expected .*bfloat16"):
+        recipe_file.from_json(json.dumps(values))
