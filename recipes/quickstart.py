@@ -7,9 +7,9 @@ or, once `make quickstart` has built its tokenizer and token store:
     mosaicjax train recipes/quickstart.py --steps 50 --out runs/trial
 
 Expect, on Python 3.11's standard library: 320 steps x 8 rows x 256 tokens = 655k tokens, a held-out loss of
-4.37 nats a token or 1.95 bits a byte (`gzip -9`: 2.16), in 5 min 50 s on two cores of an EPYC (Milan, AVX2) for
-$0.0097 at the price assumed below; a Xeon at 2.6 GHz with AVX-512 takes little over half of that. Nearly twice
-the steps, `--steps 600`, gave 1.74 bits a byte.
+4.51 nats a token or 2.00 bits a byte (`gzip -9`: 2.04), in five to six minutes on two cores with AVX2 for
+$0.0098 at the price assumed below; two cores with AVX-512 take little over half of that. Nearly twice the
+steps, `--steps 600`, gave 1.80 bits a byte.
 
 Source: MPT's choices (ALiBi, no biases, tied embeddings, exact GELU) at sizes that suit the corpus; rate,
 warm-up and batch come from a few trials, not from a search.

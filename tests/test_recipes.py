@@ -72,7 +72,7 @@ PUBLISHED = {
         count=mpt(4, 256, 4_096),
         source="ours: published nowhere else",
         by_hand=mpt(4, 256, 4_096),
-        tokens=1.23e6,
+        tokens=655_360,
         peer=("MptConfig", dict(n_layers=4, d_model=256, n_heads=4, vocab_size=4_096)),
     ),
     "mpt_125m": Published(
