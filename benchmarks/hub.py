@@ -11,14 +11,11 @@ resident set, mapped pages of files among it (`VmHWM`), and its largest anonymou
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import GIGA, machine, spread  # noqa: E402 after the path, for a call as a script
+
 RESULT = Path(__file__).with_suffix(".json")
-GIGA = 10**9
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore", "orbax-checkpoint", "safetensors")
 SHARD_BYTES = 5 * GIGA
 
@@ -211,33 +211,6 @@ def work(name: str, source: str, out: str) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak, "anonymous": watched.largest, "before": before}))
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    memory = Path("/proc/meminfo").read_text().splitlines()[0].split()[1]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    return {
-        "cpu": next(
-            (line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown"
-        ),
-        "cores": os.cpu_count(),
-        "memory_gb": round(int(memory) * 1024 / GIGA, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "load_average": os.getloadavg()[2],
-        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
 def speed(folder: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
     """All kinds of work in turn, round by round; the files are in the system's cache."""
     table = 2 * 2 * 32_000 * 4_096
@@ -318,7 +291,7 @@ def main() -> None:
         else:
             found = memory(folder, options.layers)
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    results[options.kind] = {**found, "machine": machine()}
+    results[options.kind] = {**found, "machine": machine(PACKAGES)}
     RESULT.write_text(json.dumps(results, indent=1) + "\n")
 
 
