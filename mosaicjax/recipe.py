@@ -9,6 +9,7 @@ import jax
 from mosaicjax.data.stream import TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
+from mosaicjax.kernels.flash_attention import Implementation
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
 from mosaicjax.models.decoder import Decoder
@@ -65,7 +66,8 @@ class Recipe:
     devices (WHOLE: the batch), which changes memory and rounding but not the gradient. `methods` are applied
     in the order listed. `skips` are data steps left out, counted from 0 (past a batch that brought a NaN).
     `init_from` is a run, an imported model or a Hugging Face directory whose weights start this one ("":
-    drawn from the seed). `price` overrides the list price of the chip.
+    drawn from the seed). `attention` says who computes it: by default our TPU kernel on TPUs and plain XLA
+    elsewhere. `price` overrides the list price of the chip.
     """
 
     model: Family
@@ -83,6 +85,7 @@ class Recipe:
     eval: Eval = Eval()
     save: Save = Save()
     log: Log = Log()
+    attention: Implementation = Implementation.BY_DEVICE
     init_from: str = ""
     skips: tuple[int, ...] = ()
     price: Price | None = None
@@ -117,6 +120,12 @@ class Recipe:
         model = self.model.build()
         model.check(self.seq)
         self.loss.check(self.seq)
+        if self.attention is not Implementation.BY_DEVICE and not isinstance(model, Decoder):
+            raise InputError(
+                "attention of a module of one's own, which brings its own",
+                expected=Implementation.BY_DEVICE.name,
+                got=self.attention.name,
+            )
         if self.loss.chunk and not isinstance(model, Decoder):
             raise InputError(
                 "loss.chunk with a module of one's own, whose logits come whole",
@@ -131,6 +140,8 @@ class Recipe:
     def program(self) -> tuple[Model, Program]:
         """The model, and the program of its train step with all methods applied."""
         decoder = self.model.build()
+        if isinstance(decoder, Decoder):
+            decoder = decoder.with_attention(self.attention)
         spec = decoder.spec()
         loss = DecoderLoss(decoder, self.loss, self.dtypes, packed=self.data.isolate, measure=self.log.norms)
         program = Program(

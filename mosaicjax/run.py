@@ -276,7 +276,7 @@ def surroundings(ready: Ready) -> dict[str, Any]:
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
         "mesh": dict(ready.step.layout.mesh.shape),
         "gather": ready.recipe.mesh.gather,
-        "attention": "reference",
+        "attention": ready.recipe.attention.on(devices[0].platform).value,
         "seed": ready.recipe.seed,
         "dtypes": vars(ready.recipe.dtypes),
         "parameters": ready.step.program.trainable.count(),

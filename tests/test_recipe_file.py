@@ -13,6 +13,7 @@ from mosaicjax import optim, recipe_file
 from mosaicjax.data.stream import TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
+from mosaicjax.kernels.flash_attention import Implementation
 from mosaicjax.layers.attention import Attention, QkNorm
 from mosaicjax.layers.inits import InitRule, Kaiming
 from mosaicjax.layers.mlp import Activation, Glu, Mlp
@@ -46,6 +47,7 @@ MOMENTA = st.sampled_from(["float32", "bfloat16", "float64"])
 def some(kind, **fields):
     """Instances with a draw for every field: by name where given, else by the type of its default."""
     by_type = {bool: st.booleans(), int: SIZES, float: FLOATS, str: NAMES}
+    by_type[Implementation] = st.sampled_from(Implementation)
     drawn = {
         field.name: fields[field.name] if field.name in fields else by_type[type(field.default)]
         for field in dataclasses.fields(kind)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from mosaicjax.errors import InputError
-from mosaicjax.kernels.attention import Mask, attention
-from mosaicjax.layers.context import KV, Context
+from mosaicjax.kernels.decode_attention import decode_attention
+from mosaicjax.kernels.flash_attention import Implementation, flash_attention
+from mosaicjax.layers.context import KV, Context, Held, Stored
 from mosaicjax.layers.inits import InitRule
 from mosaicjax.layers.linear import linear
 from mosaicjax.layers.norm import LayerNorm, Norm, spread
 from mosaicjax.layers.position import Position
-from mosaicjax.mesh import BATCH
+from mosaicjax.mesh import BATCH, Layout
 from mosaicjax.spec import ZEROS, Dims, Param
 
 
@@ -49,6 +54,7 @@ class Attention:
     softcap: float = 0.0
     scale: float = 0.0
     bias: bool = False
+    implementation: Implementation = Implementation.BY_DEVICE
 
     def params(self, init: InitRule, layers: int) -> dict[str, Any]:
         """Weights of one layer in a model of so many."""
@@ -106,23 +112,104 @@ class Attention:
         if late:
             q_BLHC = self.position.rotate(q_BLHC, context.positions_BL, context.lengths(context.segments_BL))
             k_BTKC = self.position.rotate(k_BTKC, held.positions_BT, context.lengths(held.segments_BT))
-        mask = Mask(
-            context.positions_BL, held.positions_BT, context.segments_BL, held.segments_BT, self.window
-        )
-        mixed_BLHC = attention(
-            q_BLHC,
-            k_BTKC,
-            held.v_BTKC,
-            mask,
-            scale=self.scale or q_BLHC.shape[-1] ** -0.5,
-            softcap=self.softcap,
-            slopes_H=self.position.slopes(q_BLHC.shape[2]),
-        )
-        mixed_BLHC = checkpoint_name(mixed_BLHC, "attention")
+        if held.stored is not None and not late:
+            mixed_BLHC = self.attend_one(q_BLHC[:, 0], held.stored, context)[:, None]
+        else:
+            mixed_BLHC = self.attend(q_BLHC, replace(held, k_BTKC=k_BTKC), context)
         out_BLD = linear(mixed_BLHC, weights["out"], 2)
         if self.bias:
             out_BLD = out_BLD + spread(weights["out_bias"], out_BLD)
         return out_BLD, kv.carried()
+
+    def attend(self, q_BLHC: Array, held: Held, context: Context) -> Array:
+        """What the kernel makes of queries, keys and values: each device works on its rows and heads.
+
+        Raises:
+            InputError: an implementation that does not run on these devices; heads that no kernel can split.
+        """
+        layout = context.layout
+        platform, chip = _device(layout)
+        how = self.implementation.on(platform)
+
+        def run(
+            q_BLHC: Array, k_BTKC: Array, v_BTKC: Array, slopes: Array | None, *rest: Array | None
+        ) -> Array:
+            offset, q_segments, kv_segments = rest
+            out = flash_attention(
+                q_BLHC,
+                k_BTKC,
+                v_BTKC,
+                scale=self.scale or q_BLHC.shape[-1] ** -0.5,
+                window=self.window,
+                softcap=self.softcap,
+                alibi_slopes=slopes,
+                q_segments=q_segments,
+                kv_segments=kv_segments,
+                q_offset=held.offset if offset is None else offset,
+                implementation=how,
+                chip=chip,
+            )
+            assert isinstance(out, Array)
+            return out
+
+        traced = None if isinstance(held.offset, int) else held.offset
+        slopes = self.position.slopes(q_BLHC.shape[2])
+        arrays = (q_BLHC, held.k_BTKC, held.v_BTKC, slopes, traced, context.segments_BL, held.segments_BT)
+        if layout.mesh.size == 1 and not layout.manual:
+            return run(*arrays)
+        shards = _Shards.of(layout, q_BLHC.shape[2], held.k_BTKC.shape[2])
+        batch = q_BLHC.shape[0]
+
+        def lines(x: Array | None) -> P:
+            return P(*shards.row, None) if x is not None and x.shape[0] == batch > 1 else P(None, None)
+
+        queries = P(*shards.row, None, shards.heads or None, None)
+        keys = P(*shards.row, None, shards.kv_heads or None, None)
+        numbers = (
+            P(shards.heads or None),
+            P(*shards.row),
+            lines(context.segments_BL),
+            lines(held.segments_BT),
+        )
+        return shards.run(run, arrays, (queries, keys, keys, *numbers), queries, kv_heads_axis=2)
+
+    def attend_one(self, q_BHC: Array, stored: Stored, context: Context) -> Array:
+        """The same for one query a sequence, [B, H, C], by the kernel that reads a cache where it lies.
+
+        Raises:
+            InputError: see `attend`.
+        """
+        layout = context.layout
+        platform, chip = _device(layout)
+        how = self.implementation.on(platform)
+
+        def run(
+            q_BHC: Array, k: Array, v: Array, slopes: Array | None, lengths_B: Array, layer: Array
+        ) -> Array:
+            return decode_attention(
+                q_BHC,
+                k,
+                v,
+                lengths_B,
+                layer=layer,
+                scale=self.scale or q_BHC.shape[-1] ** -0.5,
+                window=self.window,
+                softcap=self.softcap,
+                alibi_slopes=slopes,
+                implementation=how,
+                chip=chip,
+            )
+
+        layer = jnp.asarray(stored.layer, jnp.int32)
+        slopes = self.position.slopes(q_BHC.shape[1])
+        arrays = (q_BHC, stored.k_NBKTC, stored.v_NBKTC, slopes, stored.lengths_B, layer)
+        if layout.mesh.size == 1 and not layout.manual:
+            return run(*arrays)
+        shards = _Shards.of(layout, q_BHC.shape[1], stored.k_NBKTC.shape[2])
+        queries = P(*shards.row, shards.heads or None, None)
+        cache = P(None, *shards.row, shards.kv_heads or None, None, None)
+        numbers = (P(shards.heads or None), P(*shards.row), P())
+        return shards.run(run, arrays, (queries, cache, cache, *numbers), queries, kv_heads_axis=2)
 
     def project(self, weights: dict[str, Any], x_BLD: Array, context: Context) -> tuple[Array, Array, Array]:
         """Queries, keys and values, biased, clipped and normed as the knobs say, not yet rotated."""
@@ -139,3 +226,83 @@ class Attention:
                 context.layout.constrain(checkpoint_name(y_BLHC, "qkv"), BATCH, None, heads, None)
             )
         return projected[0], projected[1], projected[2]
+
+
+def _device(layout: Layout) -> tuple[str, str]:
+    """Platform and kind of the mesh's devices; a mesh that is only described has no devices to look at."""
+    mesh: object = layout.mesh
+    device = mesh.devices.flat[0] if isinstance(mesh, jax.sharding.Mesh) else jax.devices()[0]
+    return device.platform, device.device_kind
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """How attention's rows and heads lie on a mesh, by its axes, as each device takes its own part of both.
+
+    `group` query heads share a key head, and a device has `mine` query heads.
+    """
+
+    layout: Layout
+    manual: frozenset[str]
+    row: P
+    heads: tuple[str, ...]
+    kv_heads: tuple[str, ...]
+    group: int
+    mine: int
+
+    @staticmethod
+    def of(layout: Layout, heads: int, kv_heads: int) -> _Shards:
+        """For so many query and key heads.
+
+        Raises:
+            InputError: query heads of a device that do not share whole key heads.
+        """
+        manual = frozenset({"tensor"} if layout.manual else layout.mesh.axis_names)
+        outside = tuple(name for name in layout.mesh.axis_names if name not in manual)
+        of_heads, of_kv_heads = (layout.dim(name, skip=layout.batch_axes) for name in ("heads", "kv_heads"))
+        count = math.prod(layout.mesh.shape[name] for name in of_heads)
+        group, mine = heads // kv_heads, heads // count
+        row = layout.partition((BATCH,), skip=outside)
+        shards = _Shards(layout, manual, row, of_heads, of_kv_heads, group, mine)
+        if shards.apart and group % mine and mine % group:
+            raise InputError(
+                "query heads of a device do not share whole key heads",
+                expected=f"heads / {count} that divides, or is a multiple of, heads / kv_heads = {group}",
+                got=mine,
+                fix="another tensor axis, or mesh.rules {'heads': 'none'}",
+            )
+        return shards
+
+    @property
+    def apart(self) -> bool:
+        """Whether every device holds all key heads, but only some of the query heads."""
+        return math.prod(self.layout.mesh.shape[name] for name in self.heads) > 1 and not self.kv_heads
+
+    def run(
+        self,
+        one: Callable[..., Array],
+        arrays: tuple[Array | None, ...],
+        parts: tuple[P, ...],
+        out: P,
+        kv_heads_axis: int,
+    ) -> Array:
+        """`one` by each device on its own part: the compiler cannot split a kernel.
+
+        Of `arrays` the second and third are keys and values, whose heads are that axis.
+        """
+
+        def shard(q: Any, k: Any, v: Any, *rest: Any) -> Array:
+            if self.apart:
+                first = jax.lax.axis_index(self.heads) * self.mine // self.group
+                count = max(1, self.mine // self.group)
+                k, v = (jax.lax.dynamic_slice_in_dim(x, first, count, axis=kv_heads_axis) for x in (k, v))
+            return one(q, k, v, *rest)
+
+        return jax.shard_map(
+            shard,
+            mesh=None if self.layout.manual else self.layout.mesh,
+            in_specs=parts,
+            out_specs=out,
+            axis_names=set(self.manual),
+            check_vma=False,
+        )(*arrays)

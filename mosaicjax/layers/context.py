@@ -21,6 +21,8 @@ class Context:
     row and is None where nothing is dropped (evaluation, generation): randomness belongs to the row, so that
     neither the mesh nor the microbatch changes it.
 
+    Within a segment tokens follow one another, and positions count them: attention goes by places in the row.
+
     Shapes: `positions_BL` and `segments_BL` [B or 1, L]; segments None means one segment without padding.
     """
 
@@ -78,16 +80,38 @@ def dropout(x_BLD: Array, rate: float, context: Context, place: int) -> Array:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A layer's keys and values where generation keeps them, for one query a sequence.
+
+    The token at position p lies in slot p; the first `lengths_B` slots hold a sequence's tokens, the query's
+    own among them as the last.
+
+    Shapes: k and v [N, B, K, T, C] of all layers; lengths int32 [B]; `layer` an int or int32 [].
+    """
+
+    k_NBKTC: Array
+    v_NBKTC: Array
+    lengths_B: Array
+    layer: Array | int
+
+
+@dataclass(frozen=True)
 class Held:
     """Keys and values to attend to, with where they stand.
 
-    Shapes: k and v [B, T, K, C]; positions and segments [B or 1, T].
+    `offset` is the place among the keys of the context's first token: place less place is position less
+    position for any two tokens of a segment. `stored` is where the same lie, if the context has one token a
+    sequence and they can be read there.
+
+    Shapes: k and v [B, T, K, C]; positions and segments [B or 1, T]; `offset` an int or int32 [B].
     """
 
     k_BTKC: Array
     v_BTKC: Array
     positions_BT: Array
     segments_BT: Array | None
+    offset: Array | int = 0
+    stored: Stored | None = None
 
 
 class KV(Protocol):

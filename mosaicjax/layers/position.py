@@ -11,7 +11,6 @@ import numpy as np
 from jax import Array
 
 from mosaicjax.errors import InputError
-from mosaicjax.kernels.attention import alibi_slopes
 from mosaicjax.spec import Init, Param, at_least_float32
 
 
@@ -89,6 +88,19 @@ class Learned(Position):
                 got=length,
                 fix="a shorter seq, or Learned(length=...)",
             )
+
+
+def alibi_slopes(heads: int, max_bias: float) -> list[float]:
+    """ALiBi's slope for each head: the powers of 2**(-max_bias / n), n the next power of two.
+
+    Where `heads` is no power of two, the odd powers of the finer series come first, then the even ones,
+    as MPT takes them.
+
+    Source: Press et al. 2022, arXiv 2108.12409, section 3; llm-foundry `gen_slopes`.
+    """
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = [2.0 ** (-(i + 1) * max_bias / power) for i in range(power)]
+    return slopes if power == heads else (slopes[1::2] + slopes[::2])[:heads]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mosaicjax.layers.context import Context, Held
+from mosaicjax.layers.context import Context, Held, Stored
 from mosaicjax.mesh import BATCH, Layout
 from mosaicjax.models.decoder import Decoder, Remat
 from mosaicjax.spec import Dtypes
@@ -50,7 +50,10 @@ class Cache:
         segments_BT = (slots_BT < self.lengths_B[:, None]).astype(jnp.int32)
         k_BKTC = jax.lax.dynamic_index_in_dim(self.k_NBKTC, layer, keepdims=False)
         v_BKTC = jax.lax.dynamic_index_in_dim(self.v_NBKTC, layer, keepdims=False)
-        return Held(k_BKTC.transpose(0, 2, 1, 3), v_BKTC.transpose(0, 2, 1, 3), slots_BT, segments_BT)
+        k_BTKC, v_BTKC = k_BKTC.transpose(0, 2, 1, 3), v_BKTC.transpose(0, 2, 1, 3)
+        one = context.positions_BL.shape[1] == 1
+        stored = Stored(self.k_NBKTC, self.v_NBKTC, self.lengths_B, layer) if one else None
+        return Held(k_BTKC, v_BTKC, slots_BT, segments_BT, context.positions_BL[:, 0], stored)
 
     def carried(self) -> Cache:
         """See `KV.carried`."""

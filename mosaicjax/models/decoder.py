@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mosaicjax.errors import InputError
+from mosaicjax.kernels.flash_attention import Implementation
 from mosaicjax.kernels.grouped import PRODUCT
 from mosaicjax.layers.block import Block
 from mosaicjax.layers.context import KV, Context, RowOnly, dropout
@@ -159,6 +160,15 @@ class Decoder:
             for b, block in enumerate(stack.block):
                 yield s, b, block, Layers(first + b, len(stack.block), stack.repeat)
             first += stack.layers
+
+    def with_attention(self, implementation: Implementation) -> Decoder:
+        """The same with all attention computed so."""
+
+        def block(block: Block) -> Block:
+            return replace(block, attention=replace(block.attention, implementation=implementation))
+
+        stacks = (replace(stack, block=tuple(map(block, stack.block))) for stack in self.stacks)
+        return replace(self, stacks=tuple(stacks))
 
     @property
     def places(self) -> tuple[str, ...]:
