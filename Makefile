@@ -16,15 +16,16 @@ CORPUS := --include '*.py' --exclude site-packages --exclude test --exclude test
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help install quickstart check-quickstart test peers test-slow soak lint format lock clean
+.PHONY: help install quickstart check-quickstart test peers test-slow soak hardware-check lint format lock clean
 
 help:
 	@echo "make install     the locked environment in $(VENV) (every target below does this first)"
 	@echo "make quickstart  tokenizer, token store, a small model, a resume and a sample, in minutes on a CPU"
 	@echo "make test        the fast tests"
-	@echo "make peers       the libraries that some tests compare with, in $(VENV) too: PyTorch and Transformers"
+	@echo "make peers       the libraries that some tests compare with, in $(VENV) too: PyTorch, Transformers, libtpu"
 	@echo "make test-slow   the slow tests, and those against peer libraries where these are installed"
 	@echo "make soak        random kills and resumes, for as long as SOAK_MINUTES says"
+	@echo "make hardware-check  on a TPU: kernels against the reference, times beside predictions, one JSON"
 	@echo "make lint        ruff and mypy"
 	@echo "make lock        write $(LOCK) anew from pyproject.toml"
 	@echo "make clean       remove what the targets made, but for $(VENV)"
@@ -58,6 +59,11 @@ test-slow: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(PY) -m pytest -m soak
+
+# Where JAX_PLATFORMS says cpu it would look no further.
+hardware-check: $(INSTALLED)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[tpu]'
+	env -u JAX_PLATFORMS $(PY) benchmarks/kernels/hardware_check.py
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
