@@ -55,6 +55,7 @@ def mixed(numbers, to):
     return signals
 
 
+@pytest.mark.slow
 def test_killed_and_terminated_runs_go_on_exactly(tiny_recipe, tmp_path):
     command = ("train", tiny_recipe, *SLOW_STEPS, "--steps", 60)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

@@ -428,6 +428,7 @@ class Halved(Attention):
 '''
 
 
+@pytest.mark.slow
 def test_an_attention_of_ones_own_and_its_code(tiny_store, tmp_path, capsys):
     model = "mpt.Config(layers=2, embed=32, heads=2, mlp=64, vocab=320, attention=Halved())"
     own = tiny.write_recipe(tmp_path / "own.py", tiny_store, before=OWN_ATTENTION, model=model)

@@ -128,7 +128,7 @@ CONFIGS = st.builds(
 
 
 # Each example compiles three programs.
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(CONFIGS, st.booleans(), st.lists(st.integers(1, LENGTH), min_size=3, max_size=3))
 def test_cached_decoding_equals_recomputing(config, split, lengths):
     decoder = config.build()
