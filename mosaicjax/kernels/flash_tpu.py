@@ -566,6 +566,8 @@ def _backward(
         if rest:
             part = jnp.sum(rest[0], axis=(0, 2, 3))
             slopes_grad = part if slopes_grad is None else slopes_grad + part
-    assert dq is not None
+    if dq is None:
+        # One chunk, of which no query sees anything.
+        dq = jnp.zeros(x.q.shape, x.q.dtype)
     joined = [each[0] if len(each) == 1 else jnp.concatenate(each, axis=2) for each in (dks, dvs)]
     return dq.astype(x.q.dtype), joined[0], joined[1], slopes_grad
