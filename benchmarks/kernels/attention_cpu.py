@@ -75,7 +75,7 @@ def sdpa(layout: str, backend: str, length: int, threads: int) -> Callable[[], A
     leaves = [x.requires_grad_(True) for x in (q, k, v)]
 
     def call() -> Any:
-        with sdpa_kernel([SDPBackend[backend]]):
+        with sdpa_kernel([getattr(SDPBackend, backend)]):
             out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
         return out, torch.autograd.grad(out, leaves, grad)
 
