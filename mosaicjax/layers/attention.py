@@ -171,7 +171,7 @@ class Attention:
             lines(context.segments_BL),
             lines(held.segments_BT),
         )
-        return shards.run(run, arrays, (queries, keys, keys, *numbers), queries, kv_heads_axis=2)
+        return shards.run(run, arrays, (queries, keys, keys, *numbers), queries)
 
     def attend_one(self, q_BHC: Array, stored: Stored, context: Context) -> Array:
         """The same for one query a sequence, [B, H, C], by the kernel that reads a cache where it lies.
@@ -209,7 +209,7 @@ class Attention:
         queries = P(*shards.row, shards.heads or None, None)
         cache = P(None, *shards.row, shards.kv_heads or None, None, None)
         numbers = (P(shards.heads or None), P(*shards.row), P())
-        return shards.run(run, arrays, (queries, cache, cache, *numbers), queries, kv_heads_axis=2)
+        return shards.run(run, arrays, (queries, cache, cache, *numbers), queries)
 
     def project(self, weights: dict[str, Any], x_BLD: Array, context: Context) -> tuple[Array, Array, Array]:
         """Queries, keys and values, biased, clipped and normed as the knobs say, not yet rotated."""
@@ -284,18 +284,17 @@ class _Shards:
         arrays: tuple[Array | None, ...],
         parts: tuple[P, ...],
         out: P,
-        kv_heads_axis: int,
     ) -> Array:
         """`one` by each device on its own part: the compiler cannot split a kernel.
 
-        Of `arrays` the second and third are keys and values, whose heads are that axis.
+        Of `arrays` the second and third are keys and values, whose third axis is key heads.
         """
 
         def shard(q: Any, k: Any, v: Any, *rest: Any) -> Array:
             if self.apart:
                 first = jax.lax.axis_index(self.heads) * self.mine // self.group
                 count = max(1, self.mine // self.group)
-                k, v = (jax.lax.dynamic_slice_in_dim(x, first, count, axis=kv_heads_axis) for x in (k, v))
+                k, v = (jax.lax.dynamic_slice_in_dim(x, first, count, axis=2) for x in (k, v))
             return one(q, k, v, *rest)
 
         return jax.shard_map(
