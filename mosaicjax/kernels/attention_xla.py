@@ -41,24 +41,20 @@ SIZES = Sizes()
 def forward(problem: Problem, x: Operands, sizes: Sizes = SIZES) -> tuple[Array, Array]:
     """Attention's result [B, H, L, V] and the logsumexp [B, H, L], +inf where a query sees nothing."""
     plan = _plan(problem, x, sizes)
-    heads = _by_head(plan)
+    L, kept = x.lengths[0], x.q.dtype
 
     def one(head: dict[str, Any]) -> tuple[Array, Array]:
-        def row(carried: None, i: Array) -> tuple[None, tuple[Array, Array]]:
-            blocks = [lambda head, i=i: _forward_block(plan, head, i) for i in range(plan.count)]
-            return carried, jax.lax.switch(i, blocks, head)
+        def row(i: Array) -> tuple[Array, Array]:
+            if not plan.static:
+                return _forward_loop(plan, head, i)
+            blocks = [functools.partial(_forward_block, plan, i=i) for i in range(plan.count)]
+            return jax.lax.switch(i, blocks, head)
 
-        _, (out, lse) = jax.lax.scan(row, None, jnp.arange(plan.count))
-        return _joined(out), _joined(lse)
+        out, lse = jax.lax.map(row, jnp.arange(plan.count))
+        return _joined(out).astype(kept)[:, :L].swapaxes(0, 1), _joined(lse)[:, :L]
 
-    def dynamic(head: dict[str, Any]) -> tuple[Array, Array]:
-        out, lse = jax.lax.map(lambda i: _forward_loop(plan, head, i), jnp.arange(plan.count))
-        return _joined(out), _joined(lse)
-
-    out, lse = plan.over_heads(one if plan.static else dynamic, heads)
-    (B, H, L, _), V = x.q.shape, x.v.shape[3]
-    out = out.reshape(B, H, -1, V)[:, :, :L].astype(x.q.dtype)
-    return out, lse.reshape(B, H, -1)[:, :, :L]
+    out, lse = plan.over_heads(one, _arrays(x, plan))
+    return out.swapaxes(1, 2), lse
 
 
 def backward(
@@ -69,59 +65,47 @@ def backward(
     Shapes: `grad` [B, H, L, V]; lse and delta [B, H, L].
     """
     plan = _plan(problem, x, sizes)
-    (B, H, L, C), (_, K, T, V) = x.q.shape, x.v.shape
-    more = plan.x.lengths[0] - L
-    if more:
-        grad = jnp.pad(grad, ((0, 0), (0, 0), (0, more), (0, 0)))
-        lse = jnp.pad(lse, ((0, 0), (0, 0), (0, more)), constant_values=jnp.inf)
-        delta = jnp.pad(delta, ((0, 0), (0, 0), (0, more)))
-    heads = _by_head(plan)
-    N, G = B * K, H // K
-    heads["grad"] = grad.reshape(N, G, -1, V)
-    heads["lse"], heads["delta"] = lse.reshape(N, G, -1), delta.astype(lse.dtype).reshape(N, G, -1)
+    C, G, (L, T) = x.q.shape[3], x.q.shape[1] // x.k.shape[1], x.lengths
     wide = lse.dtype
+    arrays = _arrays(x, plan) | {"grad": grad.swapaxes(1, 2), "lse": lse, "delta": delta.astype(wide)}
+
+    def static_block(head: dict[str, Any], i: int, dk: Array, dv: Array, slopes: Array) -> Any:
+        begin, end = plan.range(i)
+        if begin == end:
+            return (dk, dv, slopes), jnp.zeros((G, plan.sizes.queries, C), wide)
+        part = _Part(plan, head, i * plan.sizes.queries, plan.sizes.queries)
+        dq, dk_part, dv_part, bias = part.grads(begin, end - begin, masked=not plan.whole(i))
+        return (_added(dk, dk_part, begin), _added(dv, dv_part, begin), slopes + bias), dq
+
+    def dynamic_block(head: dict[str, Any], i: Array, dk: Array, dv: Array, slopes: Array) -> Any:
+        part = _Part(plan, head, i * plan.sizes.queries, plan.sizes.queries)
+
+        def turn(masked: bool, j: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            dq, dk, dv, slopes = state
+            begin = j * plan.sizes.keys
+            more_q, dk_part, dv_part, bias = part.grads(begin, plan.sizes.keys, masked)
+            return dq + more_q, _added(dk, dk_part, begin), _added(dv, dv_part, begin), slopes + bias
+
+        zero = jnp.zeros((G, plan.sizes.queries, C), wide)
+        dq, dk, dv, slopes = _loops(plan.bounds_of(head, i), turn, (zero, dk, dv, slopes))
+        return (dk, dv, slopes), dq
 
     def one(head: dict[str, Any]) -> tuple[Array, Array, Array, Array]:
-        def block(i: int, dk: Array, dv: Array, slopes: Array) -> tuple[tuple[Array, Array, Array], Array]:
-            begin, end = plan.range(i)
-            if begin == end:
-                return (dk, dv, slopes), jnp.zeros((G, plan.sizes.queries, C), wide)
-            part = _Part(plan, head, i * plan.sizes.queries, plan.sizes.queries)
-            dq, dk_part, dv_part, bias = part.grads(begin, end - begin, masked=not plan.whole(i))
-            return (_added(dk, dk_part, begin), _added(dv, dv_part, begin), slopes + bias), dq
-
         def row(carried: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], Array]:
-            return jax.lax.switch(i, [functools.partial(block, i) for i in range(plan.count)], *carried)
+            if not plan.static:
+                return dynamic_block(head, i, *carried)
+            blocks = [functools.partial(static_block, head, i) for i in range(plan.count)]
+            return jax.lax.switch(i, blocks, *carried)
 
         dk, dv = (jnp.zeros(head[name].shape[::-1], wide) for name in ("k", "v"))
-        begun = (dk, dv, jnp.zeros(G, wide))
-        (dk, dv, slopes), dq = jax.lax.scan(row, begun, jnp.arange(plan.count))
-        return _joined(dq), dk, dv, slopes
+        (dk, dv, slopes), dq = jax.lax.scan(row, (dk, dv, jnp.zeros(G, wide)), jnp.arange(plan.count))
+        dq = _joined(dq).astype(x.q.dtype)[:, :L].swapaxes(0, 1)
+        dk, dv = dk.astype(x.k.dtype), dv.astype(x.v.dtype)
+        return dq, dk[:, :T].T[:, None], dv[:, :T].T[:, None], slopes
 
-    def dynamic(head: dict[str, Any]) -> tuple[Array, Array, Array, Array]:
-        def row(carried: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], Array]:
-            part = _Part(plan, head, i * plan.sizes.queries, plan.sizes.queries)
-
-            def turn(masked: bool, j: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-                dq, dk, dv, slopes = state
-                begin = j * plan.sizes.keys
-                more_q, dk_part, dv_part, bias = part.grads(begin, plan.sizes.keys, masked)
-                return dq + more_q, _added(dk, dk_part, begin), _added(dv, dv_part, begin), slopes + bias
-
-            zero = jnp.zeros((G, plan.sizes.queries, C), wide)
-            dq, *carried_on = _loops(plan.bounds_of(head, i), turn, (zero, *carried))
-            return (carried_on[0], carried_on[1], carried_on[2]), dq
-
-        dk, dv = (jnp.zeros(head[name].shape[::-1], wide) for name in ("k", "v"))
-        begun = (dk, dv, jnp.zeros(G, wide))
-        (dk, dv, slopes), dq = jax.lax.scan(row, begun, jnp.arange(plan.count))
-        return _joined(dq), dk, dv, slopes
-
-    dq, dk, dv, slopes = plan.over_heads(one if plan.static else dynamic, heads)
-    slopes_H = jnp.sum(slopes.reshape(B, H), axis=0) if problem.slopes_grad else None
-    dq = dq.reshape(B, H, -1, C)[:, :, :L].astype(x.q.dtype)
-    dk, dv = (grad.swapaxes(1, 2).reshape(B, K, -1, grad.shape[1])[:, :, :T] for grad in (dk, dv))
-    return dq, dk.astype(x.k.dtype), dv.astype(x.v.dtype), slopes_H
+    dq, dk, dv, slopes = plan.over_heads(one, arrays)
+    slopes_H = jnp.sum(slopes, axis=0) if problem.slopes_grad else None
+    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2), slopes_H
 
 
 @dataclass(frozen=True)
@@ -148,9 +132,48 @@ class _Plan:
         same = bool((self.bounds.static[:2, i] == self.bounds.static[0, i]).all())
         return same and self.x.q_segments is None and self.bounds.static[2, i] == self.bounds.static[3, i]
 
-    def over_heads(self, one: Callable[[dict[str, Any]], Any], heads: dict[str, Any]) -> Any:
-        """`one` for every key head, at once or one by one."""
-        return jax.vmap(one)(heads) if self.together else jax.lax.map(one, heads)
+    def over_heads(
+        self, one: Callable[[dict[str, Array]], tuple[Array, ...]], arrays: dict[str, Array]
+    ) -> tuple[Array, ...]:
+        """`one` for every key head and its G query heads, all at once or one by one.
+
+        It takes q and grad [G, L, C], k and v [T, C], lse and delta [G, L], slopes and sinks [G], at padded
+        lengths, and gives arrays [length, heads, channels], [heads, length] or [heads]; they are returned
+        with all heads, after an axis B. One by one, heads are read from and written to where they lie: a
+        copy with axes in another order would be as large as the array.
+        """
+        B, K = self.x.q.shape[0], self.x.k.shape[1]
+
+        def laid(parts: dict[str, Array]) -> tuple[Array, ...]:
+            return one({name: self._laid(name, part) for name, part in parts.items()})
+
+        def head(n: Array | int) -> dict[str, Array]:
+            return {name: _head(x, n // K, n % K, K, HEADS_AXIS.get(name)) for name, x in arrays.items()}
+
+        if self.together:
+            parts = jax.vmap(laid)({name: _split(x, K, HEADS_AXIS.get(name)) for name, x in arrays.items()})
+            return tuple(_merged(part.reshape(B, K, *part.shape[1:])) for part in parts)
+
+        def turn(n: Array, wholes: tuple[Array, ...]) -> tuple[Array, ...]:
+            parts = laid(head(n))
+            return tuple(_put(whole, part, n // K, n % K) for whole, part in zip(wholes, parts, strict=True))
+
+        begun = (_merged(jnp.zeros((B, K, *x.shape), x.dtype)) for x in jax.eval_shape(lambda: laid(head(0))))
+        return jax.lax.fori_loop(0, B * K, turn, tuple(begun))
+
+    def _laid(self, name: str, part: Array) -> Array:
+        """One key head's part of an array, padded."""
+        L, T = (self.x.lengths[n] for n in range(2))
+        match name:
+            case "q" | "grad":
+                part = part.swapaxes(0, 1)
+                return jnp.pad(part, ((0, 0), (0, L - part.shape[1]), (0, 0)))
+            case "k" | "v":
+                return jnp.pad(part[:, 0], ((0, T - part.shape[0]), (0, 0)))
+            case "lse" | "delta":
+                fill = jnp.inf if name == "lse" else 0
+                return jnp.pad(part, ((0, 0), (0, L - part.shape[1])), constant_values=fill)
+        return part
 
     def bounds_of(self, head: dict[str, Any], i: Array) -> Array:
         """Begin, begin and end of the whole blocks, end."""
@@ -173,26 +196,58 @@ def _plan(problem: Problem, x: Operands, sizes: Sizes) -> _Plan:
     return _Plan(problem, x, sizes, found, known or one, B * H * bq * T <= sizes.together)
 
 
-def _by_head(plan: _Plan) -> dict[str, Any]:
-    """What each of the N = B x K key heads needs, with G query heads each."""
-    x = plan.x
-    (B, H, L, C), (_, K, T, V) = x.q.shape, x.v.shape
-    heads: dict[str, Any] = {
-        "q": x.q.reshape(B * K, H // K, L, C),
-        "k": x.k.reshape(B * K, T, C),
-        "v": x.v.reshape(B * K, T, V),
-        "offset": jnp.repeat(jnp.broadcast_to(x.offset, (B,)), K),
-    }
+# The axis of heads of the arrays that have one, after the axis B.
+HEADS_AXIS = {"q": 2, "grad": 2, "k": 2, "v": 2, "lse": 1, "delta": 1, "slopes": 1, "sinks": 1}
+
+
+def _arrays(x: Operands, plan: _Plan) -> dict[str, Array]:
+    """What all heads need, by name, all with an axis B; q, k, v unpadded, [B, length, heads, channels]."""
+    B = x.q.shape[0]
+    arrays = {name: array.swapaxes(1, 2) for name, array in (("q", x.q), ("k", x.k), ("v", x.v))}
+    arrays["offset"] = jnp.broadcast_to(x.offset, (B,))
     for name, numbers in (("slopes", x.slopes), ("sinks", x.sinks)):
         if numbers is not None:
-            heads[name] = jnp.tile(numbers.reshape(K, H // K), (B, 1))
-    for name, segments in (("q_segments", x.q_segments), ("k_segments", x.k_segments)):
+            arrays[name] = jnp.broadcast_to(numbers, (B, *numbers.shape))
+    for name, segments in (("q_segments", plan.x.q_segments), ("k_segments", plan.x.k_segments)):
         if segments is not None:
-            heads[name] = jnp.repeat(segments, K, axis=0)
+            arrays[name] = segments
     if not plan.static:
-        found = plan.bounds.array
-        heads["bounds"] = jnp.repeat(jnp.broadcast_to(found, (B, *found.shape[1:])), K, axis=0)
-    return heads
+        arrays["bounds"] = jnp.broadcast_to(plan.bounds.array, (B, *plan.bounds.array.shape[1:]))
+    return arrays
+
+
+def _head(x: Array, b: Array | int, k: Array | int, count: int, axis: int | None) -> Array:
+    """The k-th of `count` parts along an axis, of row b."""
+    row = jax.lax.dynamic_index_in_dim(x, b, keepdims=False)
+    if axis is None:
+        return row
+    size = x.shape[axis] // count
+    return jax.lax.dynamic_slice_in_dim(row, k * size, size, axis=axis - 1)
+
+
+def _split(x: Array, count: int, axis: int | None) -> Array:
+    """All such parts: [B x count, ...]."""
+    if axis is None:
+        return jnp.repeat(x, count, axis=0)
+    parts = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
+    return jnp.moveaxis(parts, axis, 1).reshape(
+        x.shape[0] * count, *parts.shape[1:axis], *parts.shape[axis + 1 :]
+    )
+
+
+def _merged(parts: Array) -> Array:
+    """As one array: parts [B, count, length, heads, channels], [B, count, heads, length] or [..., heads]."""
+    axis = 2 if parts.ndim == 5 else 1
+    moved = jnp.moveaxis(parts, 1, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+def _put(whole: Array, part: Array, b: Array, k: Array) -> Array:
+    """The k-th part of row b, put where it belongs."""
+    axis = 1 if part.ndim == 3 else 0
+    begin: list[Array | int] = [b, *[0] * part.ndim]
+    begin[1 + axis] = k * part.shape[axis]
+    return jax.lax.dynamic_update_slice(whole, part[None], begin)
 
 
 class _Part:
