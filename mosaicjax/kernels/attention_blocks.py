@@ -64,17 +64,20 @@ class Operands:
         def rows(x: Array, more: int) -> Array:
             return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
-        def line(x: Array | None, more: int) -> Array | None:
-            return x if x is None or not more else jnp.pad(x, ((0, 0), (0, more)))
-
         return replace(
             self,
             q=rows(self.q, more_q),
             k=rows(self.k, more_k),
             v=rows(self.v, more_k),
-            q_segments=line(self.q_segments, more_q),
-            k_segments=line(self.k_segments, more_k),
+            q_segments=None if self.q_segments is None else _filled(self.q_segments, queries),
+            k_segments=None if self.k_segments is None else _filled(self.k_segments, keys),
         )
+
+
+def _filled(segments: Array, length: int) -> Array:
+    """Segments [B, length], with segment 0 where there is no token."""
+    more = length - segments.shape[1]
+    return jnp.pad(segments, ((0, 0), (0, more))) if more else segments
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,13 @@ class Bounds:
 
 
 def bounds(problem: Problem, blocks: tuple[int, int], x: Operands) -> Bounds:
-    """Bounds for operands that are padded to whole blocks of `blocks` queries and keys.
+    """Bounds for operands in blocks of so many queries and keys; the last may be filled up.
 
     With segments a block is seen where the ranges of its segments and of the queries' meet: exact for
     documents in a row, whatever their ids, and never too little for any others.
     """
     bq, bk = blocks
-    nq, nk = x.q.shape[2] // bq, x.k.shape[2] // bk
+    nq, nk = -(-x.q.shape[2] // bq), -(-x.k.shape[2] // bk)
     if x.known is None:
         static = _any_block(nq, nk)
         traced = _by_place(problem, bq, bk, nq, nk, x.offset, jnp)
@@ -126,7 +129,8 @@ def bounds(problem: Problem, blocks: tuple[int, int], x: Operands) -> Bounds:
         traced = jnp.asarray(static[None])
     if x.q_segments is None or x.k_segments is None:
         return Bounds(traced, static)
-    return Bounds(_by_segment(traced, bq, bk, x.q_segments, x.k_segments), static)
+    q_segments, k_segments = _filled(x.q_segments, nq * bq), _filled(x.k_segments, nk * bk)
+    return Bounds(_by_segment(traced, bq, bk, q_segments, k_segments), static)
 
 
 def _any_block(nq: int, nk: int) -> np.ndarray:

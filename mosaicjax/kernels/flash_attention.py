@@ -80,6 +80,12 @@ class _Way:
             return attention_xla.backward(self.problem, x, grad, lse, delta)
         return flash_tpu.backward(self._call(1), x, grad, lse, delta)
 
+    def inner(self, out: Array, grad: Array, wide: Any) -> Array:
+        """The product over channels of the result and its gradient, [B, H, L]."""
+        if self.implementation is Implementation.XLA:
+            return attention_xla.inner(out, grad, wide)
+        return jnp.sum(out.astype(wide) * grad.astype(wide), axis=-1)
+
     def _call(self, which: int) -> flash_tpu.Call:
         assert self.tilings is not None
         interpret = self.implementation is Implementation.PALLAS_INTERPRETED
@@ -119,6 +125,9 @@ def flash_attention(
     `return_logsumexp` comes the natural logsumexp of each query's scores, sinks among them, [B, L, H], -inf
     where there is none. `scale` None is 1 / sqrt(C). Scores and sums are float32, or float64 for float64.
 
+    Within `shard_map` over rows or heads it runs on each shard; the TPU kernel asks for `check_vma=False`, as
+    all of Pallas does.
+
     `chip` and `tiling` are the TPU kernel's: for whose table of blocks ("": jax's default device), or the
     forward's and the backward's blocks themselves.
 
@@ -151,8 +160,8 @@ def flash_attention(
         k=turned[1],
         v=turned[2],
         offset=offset,
-        slopes=alibi_slopes,
-        sinks=sinks,
+        slopes=_by_shard(alibi_slopes, q_BLHC),
+        sinks=_by_shard(sinks, q_BLHC),
         q_segments=rows(q_segments, L),
         k_segments=rows(kv_segments, T),
         known=known,
@@ -160,6 +169,11 @@ def flash_attention(
     out_BHLV, lse_BHL = _attend(way, x)
     out_BLHV = out_BHLV.transpose(0, 2, 1, 3)
     return (out_BLHV, lse_BHL.transpose(0, 2, 1)) if return_logsumexp else out_BLHV
+
+
+def _by_shard(numbers: Array | None, q: Array) -> Array | None:
+    """Numbers of heads as values of each shard's own within `shard_map`, so that gradients are summed."""
+    return None if numbers is None else numbers + jnp.zeros_like(q, shape=numbers.shape, dtype=numbers.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -183,7 +197,7 @@ def _attend_backward(way: _Way, saved: Any, grads: Any) -> tuple[Any]:
     grad, lse_grad = grads
     wide = lse.dtype
     grad = jnp.zeros(out.shape, out.dtype) if isinstance(grad, SymbolicZero) else grad
-    delta = jnp.sum(out.astype(wide) * grad.astype(wide), axis=-1)
+    delta = way.inner(out, grad, wide)
     if not isinstance(lse_grad, SymbolicZero):
         # Where nothing is seen the logsumexp is a constant.
         delta = delta - jnp.where(jnp.isposinf(lse), 0, lse_grad)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from mosaicjax.errors import InputError
 from mosaicjax.kernels import attention_reference
@@ -293,6 +295,47 @@ def test_equals_jax(implementation, heads, kv_heads, window):
         q, k, v, scale=0.3, is_causal=True, local_window_size=(window - 1, 0) if window else None
     )
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "check", "length"),
+    [("pallas_interpreted", False, 300), ("xla", False, 30), ("xla", True, 30), ("xla", True, 800)],
+)
+def test_within_shard_map_over_batch_and_heads(implementation, check, length):
+    """Results and gradients, those of slopes summed over the batch's shards too."""
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    rng = np.random.default_rng(5)
+    shape = dict(rows=2, heads=8, kv_heads=2, queries=length, keys=length, size=8, value_size=16)
+    q, k, v = map(jnp.asarray, cases.arrays(3, **shape))
+    segments = jnp.asarray(cases.segments(rng, 2, length))
+    slopes = jnp.asarray(alibi_slopes(8, 8.0), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((2, length, 8, 16)), jnp.float32)
+    tiling = SMALL if implementation == "pallas_interpreted" else None
+
+    def part(q, k, v, segments, slopes):
+        knobs = {"alibi_slopes": slopes, "q_segments": segments, "kv_segments": segments}
+        return flash_attention(q, k, v, **knobs, implementation=implementation, tiling=tiling)
+
+    heads = P("data", None, "tensor")
+    specs = (heads, heads, heads, P("data"), P("tensor"))
+    split = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=check)
+    asked = dict(q_segments=segments, kv_segments=segments, q_offset=0, causal=True, window=0, softcap=0.0)
+
+    def whole(q, k, v, slopes):
+        return naive(q, k, v, slopes, None, asked={**asked, "scale": 8**-0.5})[0]
+
+    def results(function):
+        def weighed(*each):
+            out = function(*each)
+            return jnp.sum(out * weight), out
+
+        grads, out = jax.jit(jax.grad(weighed, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, slopes)
+        return [out, *grads]
+
+    got = results(lambda q, k, v, slopes: split(q, k, v, segments, slopes))
+    for one, other in zip(got, results(whole), strict=True):
+        size = max(1.0, float(jnp.max(jnp.abs(other))))
+        np.testing.assert_allclose(one, other, atol=2e-5 * size, rtol=0)
 
 
 @pytest.mark.peer
