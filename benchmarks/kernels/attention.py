@@ -5,10 +5,11 @@
 
 For ours, jax's splash and jax's flash on the same shapes: time, the larger of bundles (loops times turns, of
 the blocks that are visited) over the clock and HBM bytes over bandwidth; the useful share of the matrix
-units, counting unmasked multiply-adds of the 2 matmuls of a forward and the 5 of a backward pass; spills,
-VMEM and temporary HBM (the peers' is that of the forward and backward pass together). The peers run with the
-best of several block sizes, whose figures are in the JSON; a splash backward's sum over its copies of dq is
-outside its kernel and stands beside it.
+units, counting unmasked multiply-adds of the 2 matmuls of a forward and the 5 of a backward pass, first of
+the published peak and then of one row a cycle into each unit (v6e's peak is two; figures published for splash
+on it, .42 and .65, count one); spills, VMEM and temporary HBM (the peers' is that of the forward and backward
+pass together). The peers run with the best of several block sizes, whose figures are in the JSON; a splash
+backward's sum over its copies of dq is outside its kernel and stands beside it.
 """
 
 from __future__ import annotations
@@ -358,6 +359,7 @@ class Row:
     blocks: tuple[int, ...]
     us: float = 0.0
     share: float = 0.0
+    share_of_one_row: float = 0.0
     bundles: float = 0.0
     hbm_us: float = 0.0
     spills: int = 0
@@ -373,13 +375,14 @@ class Row:
         if self.error:
             return f"{head} {self.error[:100]}"
         after = f" + {self.after_us:.0f} us after" if self.after_us else ""
-        figures = f"{self.us:8.0f} {self.share:6.3f} {self.spills:7} {self.vmem:6.1f} {self.temp:9.2f}"
+        shares = f"{self.share:6.3f} {self.share_of_one_row:6.3f}"
+        figures = f"{self.us:8.0f} {shares} {self.spills:7} {self.vmem:6.1f} {self.temp:9.2f}"
         return f"{head} {figures}{after}"
 
 
 HEADER = (
-    f"{'chip':4} {'who':8} {'pass':9} {'blocks':24} {'us':>8} {'share':>6} {'spills':>7} {'VMEM':>6}"
-    f" {'temp MiB':>9}"
+    f"{'chip':4} {'who':8} {'pass':9} {'blocks':24} {'us':>8} {'share':>6} {'1 row':>6} {'spills':>7}"
+    f" {'VMEM':>6} {'temp MiB':>9}"
 )
 
 
@@ -397,13 +400,15 @@ def measured(
     moved = sum(work.hbm_bytes for _, work in parts)
     bandwidth = hardware.chip_named(chip).hbm_bandwidth
     assert bandwidth is not None
+    share = useful_share(chip, case.multiply_adds(which), issued)
     return Row(
         chip,
         who,
         which,
         blocks,
         us=1e6 * sum(seconds(chip, cycles(chip, k, work.counts), work.hbm_bytes) for k, work in parts),
-        share=useful_share(chip, case.multiply_adds(which), issued),
+        share=share,
+        share_of_one_row=share * CORES[chip].rows,
         bundles=issued,
         hbm_us=1e6 * moved / bandwidth.value,
         spills=sum(kernel.spills for kernel, _ in parts),
