@@ -101,10 +101,17 @@ class Bounds:
         """The same among key blocks [begin, end)."""
         return int(np.sum(np.clip(self.static[3], begin, end) - np.clip(self.static[0], begin, end)))
 
-    def chunks(self, count: int) -> int:
-        """Chunks of `count` key blocks that are fetched, over all blocks of queries."""
-        last = np.maximum(self.static[3] - 1, self.static[0])
-        return int(np.sum(last // count - self.static[0] // count + 1))
+    def fetches(self, count: int, chunks: int, times: int) -> int:
+        """Fetches of chunks of `count` key blocks by `times` passes over the blocks of queries in turn.
+
+        A block of queries looks at all chunks, each in place of one that it does not see the nearest it
+        does; what is there already is not fetched again.
+        """
+        first = np.minimum(self.static[0] // count, chunks - 1)
+        last = (self.static[3] - 1).clip(min=0) // count
+        wanted = np.clip(np.arange(chunks), first[:, None], np.maximum(first, last)[:, None]).ravel()
+        within, between = int(np.sum(wanted[1:] != wanted[:-1])), int(wanted[0] != wanted[-1])
+        return 1 + times * within + (times - 1) * between
 
     def queries_of(self, begin: int, end: int) -> tuple[int, int]:
         """The blocks of queries, from the first to after the last, that may see key blocks [begin, end)."""

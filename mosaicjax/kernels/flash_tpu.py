@@ -294,22 +294,30 @@ def forward(call: Call, x: Operands) -> tuple[Array, Array]:
 def forward_cost(call: Call, bounds: Bounds, x: Operands) -> pl.CostEstimate:
     """What the forward kernel does: products of the blocks it visits, exponentials, bytes of HBM.
 
-    Without segments these are counts; with them, what it would do if all were one document.
+    Exact where all is known before any data. With segments it is what would be done if all were one document,
+    with an offset that is an array what would be done if every block were seen.
     """
     (B, H, L, C), (_, K, T, V) = x.q.shape, x.v.shape
-    blocks, tiling = bounds.visited, call.tiling
-    entries = B * H * blocks * tiling.queries * tiling.keys
-    chunks = T // tiling.resident
-    # One chunk stays in VMEM for all heads that share it; several are fetched for each block of queries.
-    fetched = (
-        B * K * T if chunks == 1 else B * H * bounds.chunks(tiling.resident // tiling.keys) * tiling.resident
-    )
-    size = x.q.dtype.itemsize
+    tiling = call.tiling
+    count, chunks, rows = tiling.resident // tiling.keys, T // tiling.resident, L // tiling.queries
+    visits = B * H * bounds.visited
+    fetched = B * K * bounds.fetches(count, chunks, H // K) * tiling.resident
+    size, finish = x.q.dtype.itemsize, 1 if x.sinks is None else 3
+    numbers = B * H * L * (size * (C + V) + 4) + fetched * size * (C + V)
+    if x.q_segments is not None:
+        fetched = bounds.fetches(count, chunks, H) * tiling.resident
+        numbers += 4 * B * ((H * L if rows > 1 else L) + fetched)
+    tanh, heads = 1 if call.problem.softcap else 0, sum(each is not None for each in (x.slopes, x.sinks))
     return pl.CostEstimate(
-        flops=2 * entries * (C + V),
-        transcendentals=entries * (2 if call.problem.softcap else 1) + B * H * blocks * tiling.queries,
-        bytes_accessed=size * (B * H * L * (C + V) + fetched * (C + V)) + 4 * B * H * L,
+        flops=2 * visits * tiling.queries * tiling.keys * (C + V),
+        transcendentals=visits * tiling.queries * (tiling.keys * (1 + tanh) + 1) + B * H * L * finish,
+        bytes_accessed=numbers + _prefetched(bounds, x, heads),
     )
+
+
+def _prefetched(bounds: Bounds, x: Operands, heads: int) -> int:
+    """Bytes of what is read before the kernel begins, `heads` arrays with a number a head among it."""
+    return 4 * (bounds.array.size + x.offset.size + heads * x.q.shape[1])
 
 
 def _forward(call: Call, bounds: Bounds, x: Operands) -> tuple[Array, Array]:
@@ -323,7 +331,8 @@ def _forward(call: Call, bounds: Bounds, x: Operands) -> tuple[Array, Array]:
         """The chunk itself, or, where nothing of it is seen, one that is there anyway."""
         if chunks == 1:
             return c
-        first = jax.lax.div(bounds_ref[row(b), 0, i], count)
+        # A row that sees nothing may begin behind the last one.
+        first = jnp.minimum(jax.lax.div(bounds_ref[row(b), 0, i], count), chunks - 1)
         last = jax.lax.div(jnp.maximum(bounds_ref[row(b), 3, i] - 1, 0), count)
         return jnp.clip(c, first, jnp.maximum(first, last))
 
@@ -475,22 +484,36 @@ def backward_cost(call: Call, bounds: Bounds, x: Operands, chunk: int) -> pl.Cos
     (B, H, _, C), (_, K, T, V) = x.q.shape, x.v.shape
     tiling = call.tiling
     count = tiling.resident // tiling.keys
-    begin, end = bounds.queries_of(chunk * count, (chunk + 1) * count)
-    entries = B * H * bounds.within(chunk * count, (chunk + 1) * count) * tiling.queries * tiling.keys
-    rows, size = B * H * (end - begin) * tiling.queries, x.q.dtype.itemsize
-    one = tiling.resident == T
+    begin, end = _query_blocks(call, bounds, x, chunk)
+    visits = B * H * bounds.within(chunk * count, (chunk + 1) * count)
+    rows, size = (end - begin) * tiling.queries, x.q.dtype.itemsize
+    one, slopes = tiling.resident == T, 4 if call.problem.slopes_grad else 0
+    # Queries, their gradients in and out (summed over chunks where there are several), two lines of numbers.
+    numbers = B * H * rows * (size * (C + V) + 8 + (size * C if one else 8 * C) + slopes)
+    numbers += 2 * size * B * K * tiling.resident * (C + V)
+    if x.q_segments is not None:
+        numbers += 4 * B * ((H * rows if end - begin > 1 else rows) + tiling.resident)
+    tanh = 1 if call.problem.softcap else 0
     return pl.CostEstimate(
-        flops=2 * entries * (3 * C + 2 * V),
-        transcendentals=entries * (2 if call.problem.softcap else 1),
-        bytes_accessed=rows * (size * (C + V) + 8 + (size * C if one else 8 * C))
-        + 2 * size * B * K * tiling.resident * (C + V),
+        flops=2 * visits * tiling.queries * tiling.keys * (3 * C + 2 * V),
+        transcendentals=visits * tiling.queries * tiling.keys * (1 + tanh),
+        bytes_accessed=numbers + _prefetched(bounds, x, int(x.slopes is not None)),
     )
+
+
+def _query_blocks(call: Call, bounds: Bounds, x: Operands, chunk: int) -> tuple[int, int]:
+    """Blocks of queries that the backward kernel of a chunk looks at: all, where it is the only one."""
+    count = call.tiling.resident // call.tiling.keys
+    begin, end = bounds.queries_of(chunk * count, (chunk + 1) * count)
+    if begin < end and x.k.shape[2] == call.tiling.resident:
+        return 0, x.q.shape[2] // call.tiling.queries
+    return begin, end
 
 
 def _backward(
     call: Call, bounds: Bounds, x: Operands, grad: Array, lse: Array, delta: Array
 ) -> tuple[Array, Array, Array, Array | None]:
-    (B, H, L, C), (_, K, T, V) = x.q.shape, x.v.shape
+    (B, H, _, C), (_, K, T, V) = x.q.shape, x.v.shape
     G, tiling = H // K, call.tiling
     bq, chunks, count = tiling.queries, T // tiling.resident, tiling.resident // tiling.keys
     has = (x.slopes is not None, x.q_segments is not None)
@@ -499,13 +522,11 @@ def _backward(
     dq: Array | None = jnp.zeros(x.q.shape, jnp.float32) if chunks > 1 else None
     dks, dvs, slopes_grad = [], [], None
     for c in range(chunks):
-        begin, end = bounds.queries_of(c * count, (c + 1) * count)
+        begin, end = _query_blocks(call, bounds, x, c)
         if begin == end:
             dks.append(jnp.zeros((B, K, tiling.resident, C), x.k.dtype))
             dvs.append(jnp.zeros((B, K, tiling.resident, V), x.v.dtype))
             continue
-        if chunks == 1:
-            begin, end = 0, L // bq
 
         def query(width: int, begin: int = begin) -> pl.BlockSpec:
             return pl.BlockSpec((1, 1, bq, width), lambda b, k, g, i, *_: (b, k * G + g, i + begin, 0))
