@@ -85,8 +85,8 @@ class Bounds:
     """For each block of queries: the first block of keys it sees, the run without a masked entry, the end.
 
     Shapes: `array` int32 [B or 1, 4, queries' blocks]: begin, begin and end of the whole blocks, end; where
-    no block is whole, both of these are the end. `static` holds the same where it is known before any data,
-    and bounds that hold for any data otherwise.
+    no block is whole, both of these are the end, and where none is seen all are 0. `static` holds the same
+    where it is known before any data, and bounds that hold for any data otherwise.
     """
 
     array: Array
@@ -107,8 +107,7 @@ class Bounds:
         A block of queries looks at all chunks, each in place of one that it does not see the nearest it
         does; what is there already is not fetched again.
         """
-        first = np.minimum(self.static[0] // count, chunks - 1)
-        last = (self.static[3] - 1).clip(min=0) // count
+        first, last = self.static[0] // count, (self.static[3] - 1).clip(min=0) // count
         wanted = np.clip(np.arange(chunks), first[:, None], np.maximum(first, last)[:, None]).ravel()
         within, between = int(np.sum(wanted[1:] != wanted[:-1])), int(wanted[0] != wanted[-1])
         return 1 + times * within + (times - 1) * between
@@ -165,6 +164,8 @@ def _by_place(problem: Problem, bq: int, bk: int, nq: int, nk: int, offset: Any,
             end = n.minimum(end, (last + problem.window - 1) // bk + 1)
             whole_end = n.minimum(whole_end, (first + problem.window) // bk)
     end = n.clip(end, 0, nk)
+    # Where nothing is seen all are 0: a place behind the last block would be fetched from.
+    end = n.where(begin < end, end, 0)
     begin = n.clip(begin, 0, end)
     whole_begin = n.clip(whole_begin, begin, end)
     whole_end = n.clip(whole_end, begin, end)

@@ -148,13 +148,8 @@ class _Head:
 
     def whole(self, name: str) -> Array:
         """Its part of an array."""
-        x = self.arrays[name]
-        heads, _ = AXES[name]
-        part = jax.lax.dynamic_index_in_dim(x, self.b, keepdims=False)
-        if heads is None:
-            return part
-        size = x.shape[heads] // self.K
-        return jax.lax.dynamic_slice_in_dim(part, self.k * size, size, axis=heads - 1)
+        begin, sizes, _ = self._place(name, self.arrays[name])
+        return jax.lax.dynamic_slice(self.arrays[name], begin, sizes)[0]
 
     def tokens(self, name: str, first: Array | int, count: int, fill: float = 0) -> Array:
         """`count` tokens of it: [heads, count, channels], [heads, count] or [count]; past the end `fill`."""

@@ -173,7 +173,10 @@ def flash_attention(
 
 def _by_shard(numbers: Array | None, q: Array) -> Array | None:
     """Numbers of heads as values of each shard's own within `shard_map`, so that gradients are summed."""
-    return None if numbers is None else numbers + jnp.zeros_like(q, shape=numbers.shape, dtype=numbers.dtype)
+    if numbers is None:
+        return None
+    numbers = jnp.asarray(numbers)
+    return numbers + jnp.zeros_like(q, shape=numbers.shape, dtype=numbers.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -331,8 +331,7 @@ def _forward(call: Call, bounds: Bounds, x: Operands) -> tuple[Array, Array]:
         """The chunk itself, or, where nothing of it is seen, one that is there anyway."""
         if chunks == 1:
             return c
-        # A row that sees nothing may begin behind the last one.
-        first = jnp.minimum(jax.lax.div(bounds_ref[row(b), 0, i], count), chunks - 1)
+        first = jax.lax.div(bounds_ref[row(b), 0, i], count)
         last = jax.lax.div(jnp.maximum(bounds_ref[row(b), 3, i] - 1, 0), count)
         return jnp.clip(c, first, jnp.maximum(first, last))
 

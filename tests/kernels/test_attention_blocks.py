@@ -66,6 +66,7 @@ def test_bounds(seed, lengths, blocks, causal, window, packing, known):
     for b, i in np.ndindex(2, nq):
         begin, whole_begin, whole_end, end = at[b, :, i]
         assert 0 <= begin <= whole_begin <= whole_end <= end <= nk
+        assert begin < end or end == 0
         assert not some[b, i, :begin].any() and not some[b, i, end:].any()
         assert whole[b, i, whole_begin:whole_end].all()
         if packing == "none" and begin < end:

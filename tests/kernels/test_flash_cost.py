@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mosaicjax.kernels import flash_tpu
@@ -92,6 +92,15 @@ def visits(problem, queries, keys, offset):
     window=st.sampled_from([0, 1, 100, 129, 300]),
     offset=st.sampled_from([0, 60, 256, 1_000]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+@example(
+    # The last queries are so far behind the window that they see no key, of several chunks.
+    sizes=(1, 1, 2, 3, 2),
+    resident=1,
+    knobs=(True, False, False, False, False),
+    window=100,
+    offset=256,
+    dtype="bfloat16",
 )
 def test_estimates_are_exact(sizes, resident, knobs, window, offset, dtype):
     rows, kv_heads, group, q_blocks, k_blocks = sizes
