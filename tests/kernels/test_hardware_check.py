@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.kernels import hardware_cases
 from benchmarks.kernels import hardware_check as check
-from benchmarks.kernels.hardware_check import Attention, Decode, Product, Report, Sample, Way
+from benchmarks.kernels import hardware_times as times
+from benchmarks.kernels.hardware_cases import Attention, Decode, Product, Way, agreement, compare, drawn
+from benchmarks.kernels.hardware_check import Report
+from benchmarks.kernels.hardware_times import Sample
 from mosaicjax.hardware import chip_named
 from mosaicjax.kernels import attention_tiles
 from tests import tiny
@@ -67,12 +71,12 @@ def test_interpreted_cases_pass_with_real_errors(tmp_path, capsys):
 
 
 def test_another_scale_or_another_mask_is_noticed():
-    tolerance = check.TOLERANCES["float32"]
-    x = check.drawn(ONE, seed=0)
-    got = check.kernel(ONE, INTERPRETED, x)
+    tolerance = hardware_cases.TOLERANCES["float32"]
+    x = drawn(ONE, seed=0)
+    got = hardware_cases.kernel(ONE, INTERPRETED, x)
 
     def errors(other):
-        return [each.error for each in check.compare(got, check.reference(other, x))]
+        return [each.error for each in compare(got, hardware_cases.reference(other, x))]
 
     assert 0 < max(errors(ONE)) < tolerance
     assert min(errors(replace(ONE, scale=1.01 * 64**-0.5))) > 10 * tolerance
@@ -82,21 +86,21 @@ def test_another_scale_or_another_mask_is_noticed():
 
 def test_a_decode_kernel_that_reads_another_layer_is_noticed():
     case = Decode("one", "float32", 64, slots=150, layers=3)
-    x = check.drawn(case, seed=0)
-    wrong = check.reference(case, x | {"layer": jnp.asarray(0, jnp.int32)})
-    (found,) = check.compare(check.kernel(case, INTERPRETED, x), wrong)
+    x = drawn(case, seed=0)
+    wrong = hardware_cases.reference(case, x | {"layer": jnp.asarray(0, jnp.int32)})
+    (found,) = compare(hardware_cases.kernel(case, INTERPRETED, x), wrong)
     assert found.error > 0.1
 
 
 def test_agreement_by_hand():
     expected = np.asarray([[1.0, -4.0], [0.5, 0.0], [2.0, 0.0]], np.float32)
     got = expected + np.asarray([[0.0, 0.2], [-0.1, 0.0], [0.0, 0.0]], np.float32)
-    found = check.agreement("x", got, expected)
+    found = agreement("x", got, expected)
     assert (found.name, found.largest) == ("x", 4.0)
     # 0.2 of 4; the three rows are stretches of norms sqrt(17), 0.5 and 2.
     assert found.scaled == pytest.approx(0.05, rel=1e-6)
     assert found.local == found.error == pytest.approx(0.2, rel=1e-6)
-    assert check.agreement("x", expected, expected).error == 0
+    assert agreement("x", expected, expected).error == 0
 
 
 def test_an_error_in_small_late_results_is_noticed():
@@ -104,7 +108,7 @@ def test_an_error_in_small_late_results_is_noticed():
     expected = np.random.default_rng(0).standard_normal((1, 1_024, 2, 8)) / places[None, :, None, None]
     got = expected.copy()
     got[:, 896:] = 0
-    found = check.agreement("out", got, expected)
+    found = agreement("out", got, expected)
     assert found.scaled < 2e-3
     assert found.local == 1
 
@@ -121,23 +125,23 @@ def test_an_error_in_small_late_results_is_noticed():
     ],
 )
 def test_what_is_not_finite(got, expected, error):
-    found = check.agreement("lse", np.asarray(got), np.asarray(expected))
+    found = agreement("lse", np.asarray(got), np.asarray(expected))
     assert found.error == error
     assert found.dump()["scaled"] == (None if error else 0)
 
 
 def test_other_shapes_and_names_are_errors():
     with pytest.raises(ValueError, match=r"dq: shape \(2,\) where the reference has \(3,\)"):
-        check.compare({"dq": np.zeros(2)}, {"dq": np.zeros(3)})
+        compare({"dq": np.zeros(2)}, {"dq": np.zeros(3)})
     with pytest.raises(ValueError, match=r"results \['dq'\] where the reference has \['dk'\]"):
-        check.compare({"dq": np.zeros(2)}, {"dk": np.zeros(2)})
+        compare({"dq": np.zeros(2)}, {"dk": np.zeros(2)})
 
 
 def test_the_reference_by_rows_is_the_reference_at_once():
     case = replace(ONE, batch=2, segments=True, alibi=True, sinks=True, keys=240, q_offset=40)
-    x = check.drawn(case, seed=0)
-    at_once, by_rows = (check.reference(replace(case, rows=rows), x) for rows in (0, 50))
-    assert max(each.error for each in check.compare(by_rows, at_once)) < 2e-6
+    x = drawn(case, seed=0)
+    at_once, by_rows = (hardware_cases.reference(replace(case, rows=rows), x) for rows in (0, 50))
+    assert max(each.error for each in compare(by_rows, at_once)) < 2e-6
 
 
 def test_a_refused_case_is_a_line_and_the_rest_runs(tmp_path, capsys):
@@ -174,11 +178,11 @@ def test_times_by_hand():
         Sample(50, 0.010, 150, 0.035),
         Sample(50, 0.009, 150, 0.030),
     ]
-    row = check.timed({"name": "x", "predicted_us": 168.0}, samples, 168.0)
+    row = times.timed({"name": "x", "predicted_us": 168.0}, samples, 168.0)
     assert row["measured_us"] == pytest.approx({"median": 210, "least": 200, "most": 250})
     assert row["ratio"] == pytest.approx(1.25)
     assert (row["calls"], row["rounds"]) == ([50, 150], 3)
-    assert check.timed({}, samples, None)["ratio"] is None
+    assert times.timed({}, samples, None)["ratio"] is None
     shown = check.line(row | {"passed": True})
     assert shown == "ok   x: 210.0 us (200.0-250.0), predicted 168.0, ratio 1.25"
 
@@ -187,31 +191,31 @@ def test_times_by_hand():
     ("seconds", "expected"), [(1e-3, (50, 200)), (2.9e-3, (16, 64)), (3.0, (2, 8)), (0.0, (5_000, 20_000))]
 )
 def test_calls_of_a_sample(seconds, expected):
-    assert check.call_counts(seconds) == expected
+    assert times.call_counts(seconds) == expected
 
 
 def test_a_loop_makes_two_calls_a_turn():
-    run = check.repeated(lambda x, y: 2 * x + y)
+    run = times.repeated(lambda x, y: 2 * x + y)
     # x becomes 2 x + 3, six times: 64 x + 63 * 3.
     assert run(jnp.asarray(3), jnp.asarray(5), jnp.asarray(3)) == 64 * 5 + 63 * 3
 
 
 def test_predictions_by_hand():
     v5e, tpu7x = chip_named("v5e"), chip_named("tpu7x")
-    assert check.matmul_loop(v5e).predicted_us == pytest.approx(2 * 8_192**3 / 197e12 * 1e6)
+    assert times.matmul_loop(v5e).predicted_us == pytest.approx(2 * 8_192**3 / 197e12 * 1e6)
     # A device is half a chip.
-    assert check.matmul_loop(tpu7x).predicted_us == pytest.approx(2 * 8_192**3 / (2_307e12 / 2) * 1e6)
-    assert check.hbm_loop(v5e).predicted_us == pytest.approx(2 * 2**30 / 819e9 * 1e6)
+    assert times.matmul_loop(tpu7x).predicted_us == pytest.approx(2 * 8_192**3 / (2_307e12 / 2) * 1e6)
+    assert times.hbm_loop(v5e).predicted_us == pytest.approx(2 * 2**30 / 819e9 * 1e6)
     # Keys and values of 16 sequences, 8 heads, 2,048 places, 128 numbers of 2 bytes.
-    found = check.decode_loop(128, 2_048, v5e, "TPU v5 lite")
+    found = times.decode_loop(128, 2_048, v5e, "TPU v5 lite")
     assert found.predicted_us == pytest.approx(2 * 16 * 8 * 2_048 * 128 * 2 / 819e9 * 1e6)
-    assert all(loop.predicted_us is None for loop in check.loops(None, "TPU of tomorrow"))
+    assert all(loop.predicted_us is None for loop in times.loops(None, "TPU of tomorrow"))
 
 
 def test_predictions_of_attention_are_the_tables():
     path = Path(attention_tiles.__file__).with_name(attention_tiles.TABLE)
     rows = json.loads(path.read_text())["entries"]
-    loops = {loop.name: loop.predicted_us for loop in check.loops(chip_named("v6e"), "TPU v6 lite")}
+    loops = {loop.name: loop.predicted_us for loop in times.loops(chip_named("v6e"), "TPU v6 lite")}
     asked = [
         row
         for row in rows
@@ -225,7 +229,7 @@ def test_predictions_of_attention_are_the_tables():
 
 
 def test_cases_cover_the_grid_and_keep_their_features_when_small():
-    cases = check.cases()
+    cases = hardware_cases.cases()
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     grid = {(case.dtype, case.head_dim) for case in cases if isinstance(case, Attention)}
@@ -234,13 +238,13 @@ def test_cases_cover_the_grid_and_keep_their_features_when_small():
         small = case.small()
         assert small.name == case.name
         if isinstance(case, Attention):
-            assert max(small.queries, small.keys) <= check.SMALL_LENGTH
+            assert max(small.queries, small.keys) <= hardware_cases.SMALL_LENGTH
             assert small.queries % (small.rows or 1) == 0 == case.queries % (case.rows or 1)
             assert bool(small.window) == bool(case.window) and small.window <= small.keys
             assert bool(small.q_offset) == bool(case.q_offset)
             assert small.q_offset + small.queries <= small.keys or not case.causal
         elif isinstance(case, Decode):
-            assert small.slots <= check.SMALL_LENGTH and bool(small.window) == bool(case.window)
+            assert small.slots <= hardware_cases.SMALL_LENGTH and bool(small.window) == bool(case.window)
         else:
             assert [size > 0 for size in small.sizes] == [size > 0 for size in case.sizes]
 
@@ -251,4 +255,4 @@ def test_all_cases_interpreted(dtype, tmp_path):
     out = tmp_path / "out.json"
     assert check.main(["--interpret", "--out", str(out), "--only", f" {dtype} "]) == 0
     found = json.loads(out.read_text())
-    assert found["summary"]["cases"] == sum(case.dtype == dtype for case in check.cases())
+    assert found["summary"]["cases"] == sum(case.dtype == dtype for case in hardware_cases.cases())
