@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from mosaicjax.kernels.attention_blocks import Bounds, Operands, Problem, bounds
+from mosaicjax.kernels.attention_heads import Arrays, Head, merged, split
 from mosaicjax.spec import at_least_float32
 
 
@@ -34,16 +35,14 @@ class Sizes:
 
 SIZES = Sizes()
 
-_Arrays = dict[str, Array]
-
 
 def forward(problem: Problem, x: Operands, sizes: Sizes = SIZES) -> tuple[Array, Array]:
     """Attention's result [B, H, L, V] and the logsumexp [B, H, L], +inf where a query sees nothing."""
     plan = _plan(problem, x, sizes)
     (B, H, L, _), V = x.q.shape, x.v.shape[3]
 
-    def one(head: _Head, wholes: _Arrays) -> _Arrays:
-        def row(i: Array | int, wholes: _Arrays) -> _Arrays:
+    def one(head: Head, wholes: Arrays) -> Arrays:
+        def row(i: Array | int, wholes: Arrays) -> Arrays:
             out, lse = _forward_block(plan, head, i)
             return head.put(wholes, i * plan.queries, out=out.astype(x.q.dtype), lse=lse)
 
@@ -70,8 +69,8 @@ def backward(
     K, T, V = x.v.shape[1:]
     wide = lse.dtype
 
-    def one(head: _Head, wholes: _Arrays) -> _Arrays:
-        def row(i: Array | int, carried: tuple[Array, Array, Array, _Arrays]) -> Any:
+    def one(head: Head, wholes: Arrays) -> Arrays:
+        def row(i: Array | int, carried: tuple[Array, Array, Array, Arrays]) -> Any:
             part = _Part(plan, head, i)
 
             def turn(masked: bool, j: Array | int, state: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -119,93 +118,6 @@ def inner(out: Array, grad: Array, wide: Any, sizes: Sizes = SIZES) -> Array:
     return jax.lax.fori_loop(0, -(-L // count), turn, whole).swapaxes(1, 2)
 
 
-# For each array by its name: the axes of heads and of tokens, after an axis B.
-AXES: dict[str, tuple[int | None, int | None]] = {
-    "q": (2, 1),
-    "k": (2, 1),
-    "v": (2, 1),
-    "grad": (2, 1),
-    "out": (2, 1),
-    "lse": (1, 2),
-    "delta": (1, 2),
-    "slopes": (1, None),
-    "sinks": (1, None),
-    "q_segments": (None, 1),
-    "k_segments": (None, 1),
-    "offset": (None, None),
-    "bounds": (None, None),
-}
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The k-th of K key heads of row b, and its G query heads, in arrays that hold all of them."""
-
-    arrays: _Arrays
-    b: Array | int
-    k: Array | int
-    K: int
-
-    def whole(self, name: str) -> Array:
-        """Its part of an array."""
-        begin, sizes, _ = self._place(name, self.arrays[name])
-        return jax.lax.dynamic_slice(self.arrays[name], begin, sizes)[0]
-
-    def tokens(self, name: str, first: Array | int, count: int, fill: float = 0) -> Array:
-        """`count` tokens of it: [heads, count, channels], [heads, count] or [count]; past the end `fill`."""
-        x = self.arrays[name]
-        begin, sizes, axis = self._place(name, x)
-        length = x.shape[axis]
-        late = _overlap(first, count, length)
-        begin[axis], sizes[axis] = first if late is None else first - late, count
-        part = jax.lax.dynamic_slice(x, begin, sizes)[0]
-        if late is not None:
-            filled = jnp.concatenate([part, jnp.full_like(part, fill)], axis=axis - 1)
-            part = jax.lax.dynamic_slice_in_dim(filled, late, count, axis=axis - 1)
-        return part.swapaxes(0, 1) if axis == 1 and part.ndim == 3 else part
-
-    def put(self, wholes: _Arrays, first: Array | int, **parts: Array) -> _Arrays:
-        """`wholes` with parts of this head in their place, from token `first` on, less what is past the end.
-
-        Parts are as `tokens` gives them, those of one key head [tokens, channels].
-        """
-        return wholes | {name: self._put(name, wholes[name], part, first) for name, part in parts.items()}
-
-    def _put(self, name: str, whole: Array, part: Array, first: Array | int) -> Array:
-        begin, sizes, axis = self._place(name, whole)
-        if AXES[name] == (2, 1):
-            part = part[:, None] if part.ndim == 2 else part.swapaxes(0, 1)
-        if axis:
-            count, length = part.shape[axis - 1], whole.shape[axis]
-            late = _overlap(first, count, length)
-            begin[axis], sizes[axis] = first, count
-            if late is not None:
-                begin[axis] = first - late
-                held = jax.lax.dynamic_slice(whole, begin, sizes)[0]
-                moved = jnp.concatenate([held, part], axis=axis - 1)
-                moved = jax.lax.dynamic_slice_in_dim(moved, count - late, count, axis=axis - 1)
-                place = jax.lax.broadcasted_iota(jnp.int32, part.shape, axis - 1)
-                part = jnp.where(place < late, held, moved)
-        return jax.lax.dynamic_update_slice(whole, part[None], begin)
-
-    def _place(self, name: str, x: Array) -> tuple[list[Any], list[int], int]:
-        """Where it begins, how large it is, and the axis of tokens, 0 where there is none."""
-        heads, tokens = AXES[name]
-        begin: list[Any] = [self.b, *[0] * (x.ndim - 1)]
-        sizes = [1, *x.shape[1:]]
-        if heads is not None:
-            sizes[heads] = x.shape[heads] // self.K
-            begin[heads] = self.k * sizes[heads]
-        return begin, sizes, tokens or 0
-
-
-def _overlap(first: Array | int, count: int, length: int) -> Array | None:
-    """How much earlier `count` tokens from `first` must begin to end within `length`; None: never."""
-    if length % count == 0:
-        return None
-    return jnp.asarray(first - jnp.minimum(first, length - count), jnp.int32)
-
-
 @dataclass(frozen=True)
 class _Plan:
     """Blocks of `queries` and `keys`, how many there are of both, and whether heads go together."""
@@ -218,22 +130,18 @@ class _Plan:
     key_heads: int
     together: bool
 
-    def over_heads(
-        self, one: Callable[[_Head, _Arrays], _Arrays], arrays: _Arrays, wholes: _Arrays
-    ) -> _Arrays:
+    def over_heads(self, one: Callable[[Head, Arrays], Arrays], arrays: Arrays, wholes: Arrays) -> Arrays:
         """`wholes` after `one` has put every key head's results into them, all at once or one by one."""
         K, B = self.key_heads, arrays["q"].shape[0]
         if not self.together:
 
-            def turn(n: Array, wholes: _Arrays) -> _Arrays:
-                return one(_Head(arrays, n // K, n % K, K), wholes)
+            def turn(n: Array, wholes: Arrays) -> Arrays:
+                return one(Head(arrays, n // K, n % K, K), wholes)
 
             return jax.lax.fori_loop(0, B * K, turn, wholes)
-        parts, begun = (
-            {name: _split(x, K, AXES[name][0]) for name, x in named.items()} for named in (arrays, wholes)
-        )
-        found = jax.vmap(lambda arrays, wholes: one(_Head(arrays, 0, 0, 1), wholes))(parts, begun)
-        return {name: _merged(part, B, K, AXES[name][0]) for name, part in found.items()}
+        parts, begun = ({name: split(name, x, K) for name, x in named.items()} for named in (arrays, wholes))
+        found = jax.vmap(lambda arrays, wholes: one(Head(arrays, 0, 0, 1), wholes))(parts, begun)
+        return {name: merged(name, part, B, K) for name, part in found.items()}
 
     def over_queries(self, row: Callable[[Array | int, Any], Any], state: Any) -> Any:
         """`row(i, state)` for all blocks of queries."""
@@ -241,7 +149,7 @@ class _Plan:
             return row(0, state)
         return jax.lax.fori_loop(0, self.blocks[0], row, state)
 
-    def over_keys(self, head: _Head, i: Array | int, turn: Callable[..., Any], state: Any) -> Any:
+    def over_keys(self, head: Head, i: Array | int, turn: Callable[..., Any], state: Any) -> Any:
         """`turn(masked, j, state)` for the i-th row's blocks without a masked entry, then for the others."""
         if self.blocks == (1, 1):
             return turn(self.problem.masks("q_segments" in head.arrays, self.keys), 0, state)
@@ -266,7 +174,7 @@ def _plan(problem: Problem, x: Operands, sizes: Sizes) -> _Plan:
     return _Plan(problem, bq, bk, (-(-L // bq), -(-T // bk)), found, x.k.shape[1], together)
 
 
-def _arrays(x: Operands, plan: _Plan) -> _Arrays:
+def _arrays(x: Operands, plan: _Plan) -> Arrays:
     """What all heads need, by name, each with an axis B."""
     B = x.q.shape[0]
     arrays = {name: array.swapaxes(1, 2) for name, array in (("q", x.q), ("k", x.k), ("v", x.v))}
@@ -281,25 +189,10 @@ def _arrays(x: Operands, plan: _Plan) -> _Arrays:
     return arrays
 
 
-def _split(x: Array, K: int, heads: int | None) -> Array:
-    """Each key head's part as an array of its own: [B x K, 1, ...]."""
-    if heads is None:
-        return jnp.repeat(x, K, axis=0)[:, None]
-    parts = jnp.moveaxis(x.reshape(*x.shape[:heads], K, -1, *x.shape[heads + 1 :]), heads, 1)
-    return parts.reshape(-1, 1, *parts.shape[2:])
-
-
-def _merged(parts: Array, B: int, K: int, heads: int | None) -> Array:
-    """The other way: [B x K, 1, ...] as one array."""
-    assert heads is not None
-    moved = jnp.moveaxis(parts.reshape(B, K, *parts.shape[2:]), 1, heads)
-    return moved.reshape(*moved.shape[:heads], -1, *moved.shape[heads + 2 :])
-
-
 class _Part:
     """The i-th block of queries of one key head's G query heads, and what it makes of blocks of keys."""
 
-    def __init__(self, plan: _Plan, head: _Head, i: Array | int) -> None:
+    def __init__(self, plan: _Plan, head: Head, i: Array | int) -> None:
         self.plan, self.head, self.first = plan, head, i * plan.queries
         self.wide = at_least_float32(head.arrays["q"].dtype)
         self.q = head.tokens("q", self.first, plan.queries)
@@ -363,7 +256,7 @@ class _Part:
         return dq, _dot("gqk,gqc->ck", ds, q, wide), dv, slopes
 
 
-def _forward_block(plan: _Plan, head: _Head, i: Array | int) -> tuple[Array, Array]:
+def _forward_block(plan: _Plan, head: Head, i: Array | int) -> tuple[Array, Array]:
     """A block of queries and the blocks of keys it may see, one after the other."""
     part = _Part(plan, head, i)
 
