@@ -6,6 +6,7 @@ What takes long to import is imported by the command that needs it, so that `--h
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     _add_train(commands)
     _add_show(commands)
+    _add_plan(commands)
     _add_generate(commands)
     _add_evaluate(commands)
     _add_import(commands)
@@ -96,6 +98,21 @@ def _add_show(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument(
         "--devices", type=int, default=0, help="chips to lay it out on (default: those here)"
     )
+
+
+def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "what a recipe's step takes and costs on TPUs that need not be there"
+    command = _command(commands, "plan", _plan, text)
+    command.set_defaults(overrides=True)
+    command.epilog = "Any field of the recipe is an option too, as in `mosaicjax train`."
+    command.add_argument("recipe", help="a recipe's .py file, or a run directory")
+    command.add_argument("--topology", default="", metavar="CHIP:GRID", help="as v5e:16x16 or v5p:4x4x4")
+    command.add_argument("--topologies", default="", metavar="A,B,C", help="rank several by dollars a token")
+    command.add_argument("--slices", type=int, default=1, help="so many of it, joined by the network")
+    command.add_argument("--usd-per-chip-hour", type=float, help="(default: the recipe's, or the list price)")
+    command.add_argument("--fit", action="store_true", help="find the remat policy and microbatch that fit")
+    command.add_argument("--json", default="", metavar="FILE", help="all figures, as JSON")
+    command.add_argument("--no-cache", action="store_true", help="compile what was compiled before, too")
 
 
 def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -225,6 +242,22 @@ def _show(options: argparse.Namespace) -> int:
     for line in show(recipe, options.devices):
         print(line)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    # A plan needs no device, and must not take one from a run.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from mosaicjax.plan.command import Wanted, plan
+
+    wanted = Wanted(
+        topologies=tuple(filter(None, [options.topology, *options.topologies.split(",")])),
+        slices=options.slices,
+        usd_per_chip_hour=options.usd_per_chip_hour,
+        json=options.json,
+        cached=not options.no_cache,
+        fit=options.fit,
+    )
+    return plan(options.recipe, options.rest, wanted, print)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ GIB = 2**30
 
 TPU_TABLE = "docs.cloud.google.com/compute, TPU machine types, table of TPU architecture specifications"
 V5E_PAGE = "docs.cloud.google.com/tpu/docs/v5e"
+V6E_PAGE = "docs.cloud.google.com/tpu/docs/v6e"
 V4_PAGE = "docs.cloud.google.com/tpu/docs/v4"
 JAX_TPU_INFO = "jax, jax/_src/pallas/mosaic/tpu_info.py"
 SCALING_BOOK = "jax-ml.github.io/scaling-book/tpus, table of ICI bandwidths"
@@ -64,6 +65,7 @@ class Chip:
         hbm_bandwidth: bytes/s between one chip's HBM and its cores.
         link_bandwidth: bytes/s of ICI (TPU) or NVLink (GPU), summed over all links of one chip and both
             directions; `link_one_way` gives one link in one direction.
+        dcn_bandwidth: bytes/s that one chip's share of its host's network carries between slices.
         price: list price on demand, or None where none could be confirmed.
     """
 
@@ -76,6 +78,7 @@ class Chip:
     links: int
     price: Price | None
     devices_per_chip: int = 1
+    dcn_bandwidth: Figure | None = None
 
     @property
     def link_one_way(self) -> float | None:
@@ -133,6 +136,7 @@ TPU_V5E = Chip(
     hbm_bandwidth=_read(819e9, V5E_PAGE),
     link_bandwidth=_read(400e9, V5E_PAGE),
     links=4,
+    dcn_bandwidth=_read(6.4e12 / 8 / 256, f"{V5E_PAGE}, network bandwidth of a pod over its 256 chips"),
     price=_gcp(1.20, "us-central1"),
 )
 
@@ -148,6 +152,7 @@ TPU_V5P = Chip(
     hbm_bandwidth=_tpu_table(2765e9),
     link_bandwidth=_tpu_table(1200e9),
     links=6,
+    dcn_bandwidth=_read(50e9 / 8, "docs.cloud.google.com/tpu/docs/v5p-training"),
     price=_gcp(4.20, "us-east5"),
 )
 
@@ -157,12 +162,13 @@ TPU_V6E = Chip(
     peak_flops={
         "bfloat16": _tpu_table(918e12),
         "float8": _tpu_table(918e12),
-        "int8": _read(1836e12, "docs.cloud.google.com/tpu/docs/v6e"),
+        "int8": _read(1836e12, V6E_PAGE),
     },
     hbm_bytes=_tpu_table(32 * GIB),
     hbm_bandwidth=_tpu_table(1638e9),
     link_bandwidth=_tpu_table(800e9),
     links=4,
+    dcn_bandwidth=_read(25.6e12 / 8 / 256, f"{V6E_PAGE}, network bandwidth of a pod over its 256 chips"),
     price=_gcp(2.70, "us-central1"),
 )
 
@@ -234,6 +240,36 @@ CPU = Chip(
 )
 
 CHIPS: tuple[Chip, ...] = (TPU_V4, TPU_V5E, TPU_V5P, TPU_V6E, TPU_7X, A100_40, A100_80, H100, CPU)
+
+
+@dataclass(frozen=True)
+class Core:
+    """One core of a chip: matrix units of `side` squared, each fed with `rows` of bfloat16 a cycle.
+
+    Units: clock in Hz, VMEM in bytes.
+    """
+
+    topology: str
+    clock: float
+    units: int
+    side: int
+    rows: int
+    cores: int
+    vmem: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds a cycle; times 2, clock and cores it is the chip's published peak."""
+        return self.units * self.side**2 * self.rows
+
+
+CORES = {
+    "v4": Core("v4:2x2x1", 1.05e9, 4, 128, 1, 2, 16 * 2**20),
+    "v5e": Core("v5e:2x2", 1.5e9, 4, 128, 1, 1, 128 * 2**20),
+    "v5p": Core("v5p:2x2x1", 1.75e9, 4, 128, 1, 2, 64 * 2**20),
+    # Two rows a cycle: a plain matmul does 213,000 multiply-adds a bundle, and the published peak asks it.
+    "v6e": Core("v6e:2x2", 1.75e9, 2, 256, 2, 1, 128 * 2**20),
+}
 
 
 def find_chip(device_kind: str) -> Chip | None:

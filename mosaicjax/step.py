@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -221,6 +222,11 @@ class Step:
         )
         result: tuple[Any, Sums] = sharded(trainable, frozen, state, dict(batch), key)
         return result
+
+
+def digest(lowered: Any) -> str:
+    """What a lowered step is known by: the SHA-256 of its StableHLO, the same wherever it is compiled."""
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
 def accumulate(

@@ -35,7 +35,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask  # noqa: E402
 
 from benchmarks.kernels.bundles import (  # noqa: E402
-    CORES,
     Compiled,
     Compiler,
     Counts,
@@ -45,7 +44,7 @@ from benchmarks.kernels.bundles import (  # noqa: E402
     seconds,
     useful_share,
 )
-from mosaicjax import hardware  # noqa: E402
+from mosaicjax.hardware import CORES, chip_named  # noqa: E402
 from mosaicjax.kernels import flash_tpu  # noqa: E402
 from mosaicjax.kernels.attention_blocks import Bounds, Operands, Problem, bounds  # noqa: E402
 from mosaicjax.kernels.attention_tiles import tilings  # noqa: E402
@@ -398,7 +397,7 @@ def measured(
     """The line of one pass from its kernels and what each does."""
     issued = sum(cycles(chip, kernel, work.counts) for kernel, work in parts)
     moved = sum(work.hbm_bytes for _, work in parts)
-    bandwidth = hardware.chip_named(chip).hbm_bandwidth
+    bandwidth = chip_named(chip).hbm_bandwidth
     assert bandwidth is not None
     share = useful_share(chip, case.multiply_adds(which), issued)
     return Row(
@@ -451,7 +450,7 @@ def peer_rows(compiler: Compiler, chip: str, who: str, case: Case, blocks: tuple
     rows = [measured(chip, who, which, case, blocks, found, parts[which]) for which in PASSES]
     if who == "splash":
         copies = case.keys // blocks[1] * case.heads * case.queries * case.head_dim * 2
-        bandwidth = hardware.chip_named(chip).hbm_bandwidth
+        bandwidth = chip_named(chip).hbm_bandwidth
         assert bandwidth is not None
         rows[1] = replace(rows[1], after_us=1e6 * copies / bandwidth.value)
     return rows

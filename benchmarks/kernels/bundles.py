@@ -32,49 +32,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import commit  # noqa: E402 after the path, for a call as a script
-from mosaicjax import hardware  # noqa: E402
 from mosaicjax.errors import InputError  # noqa: E402
+from mosaicjax.hardware import CORES, Core, chip_named  # noqa: E402
+from mosaicjax.plan import topology  # noqa: E402
 
 PACKAGES = ("jax", "jaxlib", "libtpu")
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", **topology.ENVIRONMENT}
 DUMP_FLAGS = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*"
 REPORT = "const DATA ="
-
-
-@dataclass(frozen=True)
-class Core:
-    """One core of a chip: matrix units of `side` squared, each fed with `rows` of bfloat16 a cycle.
-
-    Units: clock in Hz, VMEM in bytes.
-    """
-
-    topology: str
-    clock: float
-    units: int
-    side: int
-    rows: int
-    cores: int
-    vmem: int
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds a cycle; times 2, clock and cores it is the chip's published peak."""
-        return self.units * self.side**2 * self.rows
-
-
-CORES = {
-    "v4": Core("v4:2x2x1", 1.05e9, 4, 128, 1, 2, 16 * 2**20),
-    "v5e": Core("v5e:2x2", 1.5e9, 4, 128, 1, 1, 128 * 2**20),
-    "v5p": Core("v5p:2x2x1", 1.75e9, 4, 128, 1, 2, 64 * 2**20),
-    # Two rows a cycle: a plain matmul does 213,000 multiply-adds a bundle, and the published peak asks it.
-    "v6e": Core("v6e:2x2", 1.75e9, 2, 256, 2, 1, 128 * 2**20),
-}
 
 
 @dataclass(frozen=True)
@@ -215,7 +180,7 @@ def seconds(chip: str, taken: float, hbm_bytes: float) -> float:
 
     Work is shared by a chip's cores, as the parallel dims of a grid are.
     """
-    core, bandwidth = CORES[chip], hardware.chip_named(chip).hbm_bandwidth
+    core, bandwidth = CORES[chip], chip_named(chip).hbm_bandwidth
     assert bandwidth is not None
     return max(taken / core.clock / core.cores, hbm_bytes / bandwidth.value)
 

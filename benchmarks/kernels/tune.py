@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.kernels.attention import HERE, MIB, PASSES, Case, our_work  # noqa: E402
 from benchmarks.kernels.bundles import (  # noqa: E402
-    CORES,
     Compiled,
     Compiler,
     Kernel,
@@ -39,12 +38,14 @@ from benchmarks.kernels.bundles import (  # noqa: E402
     useful_share,
     versions,
 )
+from mosaicjax.hardware import CORES  # noqa: E402
 from mosaicjax.kernels import attention_tiles, flash_tpu  # noqa: E402
 from mosaicjax.kernels.attention_tiles import (  # noqa: E402
     HEAD_DIMS,
     LENGTHS,
     TABLE,
     VMEM_LIMITS,
+    WINDOW,
     Entry,
     tilings,
     vmem_estimate,
@@ -53,7 +54,6 @@ from mosaicjax.kernels.flash_tpu import Tiling  # noqa: E402
 
 RESULT = ROOT / "mosaicjax" / "kernels" / TABLE
 REPRESENTATIVE = 2_048
-WINDOW = 1_024
 RESIDENTS = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
 CLOSE = 1.01
 SCHEMA = 2

@@ -139,6 +139,13 @@ def bounds(problem: Problem, blocks: tuple[int, int], x: Operands) -> Bounds:
     return Bounds(_by_segment(traced, bq, bk, q_segments, k_segments), static)
 
 
+def visited_pairs(problem: Problem, blocks: tuple[int, int]) -> int:
+    """Pairs of a query and a key in all blocks that are looked at, whole blocks counted: row 0 is place 0."""
+    (bq, bk), nothing = blocks, np.zeros(1, np.int32)
+    found = _by_place(problem, bq, bk, -(-problem.queries // bq), -(-problem.keys // bk), nothing, np)[0]
+    return int(np.sum(found[3] - found[0])) * bq * bk
+
+
 def _any_block(nq: int, nk: int) -> np.ndarray:
     """Any block may be seen."""
     return np.stack([np.zeros(nq), np.full(nq, nk), np.full(nq, nk), np.full(nq, nk)]).astype(np.int32)

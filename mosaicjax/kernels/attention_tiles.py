@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import CHIPS, Chip, find_chip
+from mosaicjax.kernels.attention_blocks import Problem, visited_pairs
 from mosaicjax.kernels.flash_tpu import LANES, Tiling
 
 TABLE = "attention_tiles.json"
@@ -31,6 +32,8 @@ a part that leaves XLA room for what it keeps there. Units: bytes."""
 SCORES_HELD = 5
 """How many times a turn's scores lie in VMEM at once, at most, in what was compiled for the table."""
 FALLBACK = "v5e"
+WINDOW, HEADS = 1_024, 8
+"""What an entry's times are for: windows of so many places, or of half the length, and so many heads."""
 
 _TPU_KINDS = frozenset(kind for chip in CHIPS for kind in chip.device_kinds if kind.startswith("TPU"))
 _log = logging.getLogger(__name__)
@@ -162,20 +165,47 @@ def tilings(
     return _tilings(device_kind, name, head_dim, value_dim, keys, 0 < window < keys)
 
 
+def flops_per_second(
+    device_kind: str, dtype: Any, head_dim: int, value_dim: int, keys: int, window: int
+) -> tuple[float, float]:
+    """What the compiler's schedule makes of the forward's and the backward's blocks, on one chip.
+
+    FLOPs are those of cost estimates: of whole blocks, masked entries among them. A shape or chip that the
+    table lacks gets the nearest entry's.
+    """
+    windowed = 0 < window < keys
+    entry, _ = _nearest(device_kind, jnp.dtype(dtype).name, head_dim, value_dim, keys, windowed)
+    reach = min(WINDOW, entry.length // 2) if windowed else 0
+    problem = Problem(True, reach, 1.0, 0.0, entry.length, entry.length)
+    rates = [
+        2 * products * entry.head_dim * HEADS * visited_pairs(problem, (tiling.queries, tiling.keys)) / us
+        for products, tiling, us in zip((2, 5), entry.tilings, entry.microseconds, strict=True)
+    ]
+    return 1e6 * rates[0], 1e6 * rates[1]
+
+
+def _nearest(
+    device_kind: str, dtype: str, head_dim: int, value_dim: int, keys: int, windowed: bool
+) -> tuple[Entry, bool]:
+    """The entry that serves a shape, and whether it was made for it."""
+    chip = _chip(device_kind)
+    known = chip is not None and chip.name in VMEM_LIMITS
+    name = chip.name if chip is not None and known else FALLBACK
+    listed = "float32" if jnp.dtype(dtype).itemsize >= 4 else "bfloat16"
+    wide = max(head_dim, value_dim)
+    nearest = min(HEAD_DIMS, key=lambda each: (abs(math.log(each / wide)), -each))
+    exact = known and head_dim == value_dim == nearest and keys <= LENGTHS[-1] and dtype == listed
+    return _index()[name, listed, nearest, length_class(keys), windowed], exact
+
+
 @functools.cache
 def _tilings(
     device_kind: str, dtype: str, head_dim: int, value_dim: int, keys: int, windowed: bool
 ) -> tuple[Tiling, Tiling]:
     chip = _chip(device_kind)
     on_tpu = chip is None or bool(_TPU_KINDS & set(chip.device_kinds))
-    known = chip is not None and chip.name in VMEM_LIMITS
-    name = chip.name if chip is not None and known else FALLBACK
+    entry, exact = _nearest(device_kind, dtype, head_dim, value_dim, keys, windowed)
     itemsize = jnp.dtype(dtype).itemsize
-    listed = "float32" if itemsize >= 4 else "bfloat16"
-    wide = max(head_dim, value_dim)
-    nearest = min(HEAD_DIMS, key=lambda each: (abs(math.log(each / wide)), -each))
-    entry = _index()[name, listed, nearest, length_class(keys), windowed]
-    exact = known and head_dim == value_dim == nearest and keys <= LENGTHS[-1] and dtype == listed
     both = tuple(
         fitting(which, tiling, itemsize, head_dim, value_dim, keys)
         for which, tiling in zip(("forward", "backward"), entry.tilings, strict=True)
@@ -189,8 +219,8 @@ def _tilings(
             head_dim,
             value_dim,
             f"{keys:,}",
-            name,
-            nearest,
+            entry.chip,
+            entry.head_dim,
             f"{entry.length:,}",
         )
     return both[0], both[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax import Array
 
 from mosaicjax.layers.attention import Attention
@@ -24,6 +25,15 @@ class Block:
     norm: Norm = LayerNorm(bias=False)
     dropout: float = 0.0
 
+    @property
+    def read_by_stream(self) -> tuple[str, ...]:
+        """Weights whose products are added to the residual stream, and read by nothing else in the block."""
+        return self._of_mlp
+
+    @property
+    def _of_mlp(self) -> tuple[str, ...]:
+        return tuple(f"mlp/{name}" for name in self.mlp.read_by_stream)
+
     def params(self, init: InitRule, layers: int) -> dict[str, Any]:
         """Weights of one layer in a model of so many."""
         return {
@@ -40,11 +50,13 @@ class Block:
 
         Shapes: x and the result [B, L, D]; weights are whole and in the compute dtype.
         """
-        normed = self.norm.apply(weights["attention_norm"], x_BLD, context.dtypes)
-        mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
+        with jax.named_scope("attention"):
+            normed = self.norm.apply(weights["attention_norm"], x_BLD, context.dtypes)
+            mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
         x_BLD = context.constrain(x_BLD + dropout(mixed, self.dropout, context, place=0))
-        normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
-        worked, routed = self.mlp.routed(weights["mlp"], normed, context)
+        with jax.named_scope("mlp"):
+            normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
+            worked, routed = self.mlp.routed(weights["mlp"], normed, context)
         return context.constrain(x_BLD + dropout(worked, self.dropout, context, place=1)), kv, routed
 
 
@@ -59,6 +71,11 @@ class ParallelBlock(Block):
 
     shared_norm: bool = False
 
+    @property
+    def read_by_stream(self) -> tuple[str, ...]:
+        """See `Block.read_by_stream`."""
+        return ("attention/out", *self._of_mlp)
+
     def params(self, init: InitRule, layers: int) -> dict[str, Any]:
         """See `Block.params`."""
         tree = super().params(init, layers)
@@ -72,11 +89,13 @@ class ParallelBlock(Block):
     ) -> tuple[Array, KV, RouterSums | None]:
         """See `Block.apply`."""
         first = "norm" if self.shared_norm else "attention_norm"
-        normed = self.norm.apply(weights[first], x_BLD, context.dtypes)
-        mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
-        if not self.shared_norm:
-            normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
-        worked, routed = self.mlp.routed(weights["mlp"], normed, context)
+        with jax.named_scope("attention"):
+            normed = self.norm.apply(weights[first], x_BLD, context.dtypes)
+            mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
+        with jax.named_scope("mlp"):
+            if not self.shared_norm:
+                normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
+            worked, routed = self.mlp.routed(weights["mlp"], normed, context)
         added = dropout(mixed, self.dropout, context, place=0) + dropout(
             worked, self.dropout, context, place=1
         )

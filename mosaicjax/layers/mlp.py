@@ -55,6 +55,11 @@ class Mlp:
         """Names of the matrices that read the residual stream."""
         return ("up",)
 
+    @property
+    def read_by_stream(self) -> tuple[str, ...]:
+        """Weights whose products are the layer's result as they are."""
+        return ("down",)
+
     def check(self, dims: Dims) -> None:
         """Refuse knobs that cannot be, in a model of these sizes.
 

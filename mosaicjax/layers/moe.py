@@ -50,6 +50,11 @@ class Moe(Mlp):
         """See `Mlp.inputs`."""
         return self._expert().inputs
 
+    @property
+    def read_by_stream(self) -> tuple[str, ...]:
+        """None: the gradient of an expert's part needs what the expert gave."""
+        return ()
+
     def combine(self, read: dict[str, Array]) -> Array:
         """See `Mlp.combine`."""
         return self._expert().combine(read)

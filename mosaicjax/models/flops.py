@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mosaicjax.models.decoder import Decoder
+from mosaicjax.models.decoder import Decoder, Remat
 from mosaicjax.models.model import Model
 from mosaicjax.spec import Param
+
+QKV_WEIGHTS = ("attention/query", "attention/key", "attention/value")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,41 @@ def per_token(decoder: Model, length: int) -> Flops:
         full += layers.count * per_score * length
         causal += layers.count * per_score * mean_seen(length, block.attention.window)
     return Flops(3.0 * (2 * weights + causal), 3.0 * (2 * weights + full))
+
+
+def recomputed(decoder: Decoder, length: int, *, head_again: bool) -> Flops:
+    """What the backward pass does of the forward pass once more, a token of rows of `length`.
+
+    That is what the remat policy does not keep, less the products at a turn's end that the residual stream
+    alone reads; the logits with `head_again` (a loss by chunks); and always attention's scores, which its
+    backward kernel makes anew.
+    """
+    dims, keeps = decoder.dims, decoder.remat
+    products = causal = full = 0.0
+    for name, param in decoder.spec().items():
+        if name.startswith("stacks/") and _again(name, decoder):
+            products += _products(param, dims) * _met(name, param, decoder)
+    if head_again:
+        products += dims["vocab"] * dims["embed"]
+    forward_again = keeps not in (Remat.NONE, Remat.ATTENTION)
+    for _, _, block, layers in decoder.blocks():
+        per_product = 2 * dims["heads"] * dims["head_dim"]
+        times = layers.count * per_product * (1 + 2 * forward_again)
+        full += times * length
+        causal += times * mean_seen(length, block.attention.window)
+    return Flops(2 * products + causal, 2 * products + full)
+
+
+def _again(name: str, decoder: Decoder) -> bool:
+    """Whether the product with a layer's weight is computed again."""
+    if decoder.remat in (Remat.NONE, Remat.DOTS):
+        return False
+    _, s, b, _, *path = name.split("/")
+    stack = decoder.stacks[int(s)]
+    last = int(b) == len(stack.block) - 1
+    if last and "/".join(path) in stack.block[-1].read_by_stream:
+        return False
+    return not (decoder.remat is Remat.QKV and "/".join(path) in QKV_WEIGHTS)
 
 
 def active(decoder: Decoder) -> int:

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.kernels.bundles import (
-    CORES,
     Counts,
     Kernel,
     Node,
@@ -17,6 +16,7 @@ from benchmarks.kernels.bundles import (
 )
 from mosaicjax import hardware
 from mosaicjax.errors import InputError
+from mosaicjax.hardware import CORES
 
 CHIP = "v5e"
 COLUMNS = ("MATMUL", "VALU", "VSTORE", "VSTORE:SPILL", "SALU")

@@ -1,0 +1,1 @@
+"""The bill of a recipe, predicted from its compiled train step."""
