@@ -252,8 +252,11 @@ def first_state(ready: Ready) -> TrainState:
     return step.init()
 
 
-def record(ready: Ready) -> None:
-    """Put into the run directory what it takes to run it again, and where it ran. The primary does it."""
+def record(ready: Ready, program: str) -> None:
+    """Put into the run directory what it takes to run it again, and where it ran. The primary does it.
+
+    `program` is the digest of the lowered step.
+    """
     if not processes.current().primary:
         return
     recipe_file.save(ready.out, ready.loaded)
@@ -261,11 +264,11 @@ def record(ready: Ready) -> None:
         storage.copy_file(str(file), storage.join(ready.out, TOKENIZER, Path(file).name))
     named = json.dumps({"eos_token": ready.data.store.manifest.tokenizer.separator_token})
     storage.write_text(storage.join(ready.out, TOKENIZER, "tokenizer_config.json"), named + "\n")
-    text = json.dumps(surroundings(ready), indent=1) + "\n"
+    text = json.dumps(surroundings(ready, program), indent=1) + "\n"
     storage.write_text(storage.join(ready.out, RUN_JSON), text)
 
 
-def surroundings(ready: Ready) -> dict[str, Any]:
+def surroundings(ready: Ready, program: str) -> dict[str, Any]:
     """Command, versions, devices, seed, dtypes and code path of a run."""
     devices = jax.devices()
     return {
@@ -277,6 +280,7 @@ def surroundings(ready: Ready) -> dict[str, Any]:
         "mesh": dict(ready.step.layout.mesh.shape),
         "gather": ready.recipe.mesh.gather,
         "attention": ready.recipe.attention.on(devices[0].platform).value,
+        "program": program,
         "seed": ready.recipe.seed,
         "dtypes": vars(ready.recipe.dtypes),
         "parameters": ready.step.program.trainable.count(),

@@ -27,7 +27,7 @@ from mosaicjax.recipe import WHOLE
 from mosaicjax.report.live import LiveLine, Mfu, Progress
 from mosaicjax.report.summary import Heldout, Outcome, Seconds
 from mosaicjax.run import Ready, first_state, record, resume_row
-from mosaicjax.step import Signals
+from mosaicjax.step import Signals, digest
 
 GO, STOP, CANNOT_READ = 0, 1, 2
 """What a process says with each step; the largest counts for all."""
@@ -115,7 +115,9 @@ class Run:
         self.log = MetricsLog(ready.out, tensorboard=self.recipe.log.tensorboard, primary=self.primary)
         self.checkpoints = Checkpoints(ready.out, keep=save.keep, keep_every=save.keep_every or None)
         with self.clocks.timed("compile"):
-            self.compiled = ready.step.lower().compile()
+            lowered = ready.step.lower()
+            self.program = digest(lowered)
+            self.compiled = lowered.compile()
         self.state = first_state(ready)
         self.halted = jax.jit(lambda: False, out_shardings=ready.step.abstract_signals().halted.sharding)()
 
@@ -351,7 +353,7 @@ def train(
     with StopRequest() as stop:
         run = Run(ready, started, say, line)
         with processes.refused_by_all("writing the run directory"):
-            record(ready)
+            record(ready, run.program)
         with run.log, run.checkpoints:
             with Feed(ready.data.stream, ready.step, run.number, ready.recipe.steps) as feed:
                 run.loop(feed, stop, profile)

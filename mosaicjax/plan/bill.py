@@ -49,7 +49,8 @@ class Work:
 class Bill:
     """A plan for one topology. `fast` and `slow` are the step with optimistic and pessimistic links.
 
-    Both are None, and all that follows from them, where the program does not fit.
+    Both are None, and all that follows from them, where the program does not fit, and on a CPU, whose speed
+    nobody states; there the price may be None too.
 
     Units: `hbm` and `wire` bytes of one chip a step.
     """
@@ -57,7 +58,7 @@ class Bill:
     recipe: Recipe
     topology: Topology
     compiled: Compiled
-    price: Price
+    price: Price | None
     work: Work | None = None
     fast: StepTime | None = None
     slow: StepTime | None = None
@@ -85,6 +86,7 @@ class Bill:
     @property
     def usd_per_million_tokens(self) -> float:
         """While steps run; compiling, evaluation and saves come on top."""
+        assert self.price, "what is timed has a price"
         return usd_per_million_tokens(self.tokens_per_second, self.topology.chips, self.price)
 
     @property
@@ -95,6 +97,7 @@ class Bill:
     @property
     def run_usd(self) -> float:
         """All steps of the recipe."""
+        assert self.price, "what is timed has a price"
         return cost_usd(self.run_seconds, self.topology.chips, self.price)
 
     def utilization(self, flops_a_step: float, seconds: float | None = None) -> float:
@@ -117,7 +120,7 @@ def bill(
     Raises:
         InputError: no TPU compiler, a mesh that does not match the chips, no price, or no decoder.
     """
-    price = price_of(recipe, topology, price)
+    price = price_of(recipe, topology, price) if topology.timed else price or recipe.price
     if topology.slices > 1 and topology.chip.dcn_bandwidth is None:
         raise InputError(f"no speed is known of the network between slices of {topology.chip.name}")
     decoder, program = recipe.program()
@@ -130,8 +133,9 @@ def bill(
     say(f"compiling the step for {topology.title}")
     compiled = compile_step(step, topology, cache)
     mine = Bill(recipe, topology, compiled, price)
-    if not compiled.fits:
+    if not compiled.fits or not topology.timed:
         return mine
+    assert price, "what is timed has a price"
     ops = operations(hlo.read(compiled.text))
     places = device_places(list(layout.mesh.devices.flat))
     speeds = Speeds.of(topology, recipe.dtypes.compute)

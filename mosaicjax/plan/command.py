@@ -49,7 +49,9 @@ def plan(recipe: str, overrides: Sequence[str], wanted: Wanted, say: Callable[[s
     cache = cache_dir() if wanted.cached else None
     given = wanted.usd_per_chip_hour
     price = None if given is None else Price(given, "the command line", date.today().isoformat())
-    if not compiler_there():
+    if any(not each.timed for each in topologies) and (wanted.fit or len(topologies) > 1):
+        raise InputError("a CPU has no known speed", expected="it alone, without --fit")
+    if topologies[0].timed and not compiler_there():
         return _outline(loaded, topologies, price, wanted, say)
     fixes: list[list[str]] = []
     if wanted.fit:

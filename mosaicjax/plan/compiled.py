@@ -76,9 +76,10 @@ class Compiled:
         return self.memory is not None
 
 
-def versions() -> dict[str, str]:
+def versions(topology: Topology) -> dict[str, str]:
     """Of the packages that decide what is compiled."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    names = PACKAGES if topology.timed else PACKAGES[:2]
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def cache_dir() -> Path:
@@ -94,7 +95,7 @@ def compile_step(step: Step, topology: Topology, cache: Path | None) -> Compiled
         InputError: the compiler refuses it for another reason than memory.
     """
     lowered = step.lower()
-    mine, packages = digest(lowered), versions()
+    mine, packages = digest(lowered), versions(topology)
     named = json.dumps([CACHE_FORMAT, mine, topology.name, topology.slices, packages], sort_keys=True)
     path = None if cache is None else cache / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.json.gz"
     if path is not None and path.exists():
@@ -119,9 +120,9 @@ def _compile(lowered: Any, mine: str, packages: dict[str, str]) -> Compiled:
             return Compiled(mine, "", None, *needed, _buffers(folder), seconds, packages)
         seconds = time.perf_counter() - began
         # The executable's own text goes through a form that some programs cannot be read back from.
-        text = _dumped(folder, "after_codegen.txt")
+        text = _dumped(folder, "after_codegen.txt") or _dumped(folder, "after_optimizations.txt")
         if text is None:
-            raise InputError("the TPU compiler wrote no program down", expected="its dump of the last pass")
+            raise InputError("the compiler wrote no program down", expected="its dump of the last pass")
         buffers = _buffers(folder)
     stats = program.memory_analysis()
     memory = Memory(

@@ -24,11 +24,14 @@ NAMES = {
 def lines(bill: Bill, name: str) -> Iterator[str]:
     """The page: what is planned, memory, the step's time, speed, the bill, costliest operations, lints."""
     compiled, recipe = bill.compiled, bill.recipe
-    how = f"compiled by libtpu {compiled.versions['libtpu']} in {compiled.seconds:.0f} s"
+    package = "libtpu" if bill.topology.timed else "jaxlib"
+    how = f"compiled by {package} {compiled.versions[package]} in {compiled.seconds:.0f} s"
     yield f"{name} on {bill.topology.title}: the train step, {how if compiled.seconds else 'from the cache'}"
     yield f"program   {compiled.digest[:16]}, {recipe.batch:,} rows x {recipe.seq:,} tokens a step"
     yield from _memory(bill)
-    if bill.fast is None or bill.slow is None or bill.work is None:
+    if not bill.topology.timed:
+        yield "step      not timed: nobody states how fast a CPU is; `mosaicjax train` measures it"
+    if bill.fast is None or bill.slow is None or bill.work is None or bill.price is None:
         return
     work = bill.work
     least, most = (_seconds(step.seconds) for step in (bill.fast, bill.slow))
@@ -91,10 +94,14 @@ def _memory(bill: Bill) -> Iterator[str]:
         yield "          a fix is looked for by --fit"
         return
     memory = compiled.memory
-    assert bill.topology.chip.hbm_bytes, "the table has the memory of every chip that can be planned for"
-    there = bill.topology.chip.hbm_bytes.value
+    there = bill.topology.chip.hbm_bytes
+    of = (
+        f"fits: {memory.peak / GIB:.2f} of {there.value / GIB:.0f} GiB"
+        if there
+        else f"{memory.peak / GIB:.2f} GiB"
+    )
     yield (
-        f"memory    fits: {memory.peak / GIB:.2f} of {there / GIB:.0f} GiB a chip (arguments"
+        f"memory    {of} a chip (arguments"
         f" {memory.arguments / GIB:.2f}, temporaries {memory.temporaries / GIB:.2f},"
         f" code {memory.code / GIB:.2f})"
     )
@@ -116,7 +123,7 @@ def to_json(bill: Bill, name: str) -> dict[str, Any]:
         "program": compiled.digest,
         "versions": compiled.versions,
         "compile_seconds": compiled.seconds or None,
-        "price": asdict(bill.price),
+        "price": None if bill.price is None else asdict(bill.price),
         "tokens_per_step": bill.tokens,
         "fits": compiled.fits,
         "memory": {
@@ -125,10 +132,11 @@ def to_json(bill: Bill, name: str) -> dict[str, Any]:
             "largest": [{"bytes": size, "shapes": shapes} for size, shapes in compiled.buffers],
         },
     }
-    if bill.fast is None or bill.slow is None or bill.work is None or compiled.memory is None:
+    if compiled.memory is not None:
+        found["memory"] |= asdict(compiled.memory)
+    if bill.fast is None or bill.slow is None or bill.work is None:
         return found
     work = bill.work
-    found["memory"] |= asdict(compiled.memory)
     found["step_seconds"] = {"expected": bill.seconds} | {
         which: {"total": step.seconds, **{kind: getattr(step, kind) for kind in KINDS}, "wire": step.wire}
         for which, step in (("optimistic", bill.fast), ("pessimistic", bill.slow))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mosaicjax.errors import InputError
-from mosaicjax.hardware import CORES, Chip, chip_named
+from mosaicjax.hardware import CORES, CPU, Chip, chip_named
 
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -28,7 +29,7 @@ CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of a pod, or several of them, joined by the data centre's network."""
+    """A slice of a pod, or several of them, joined by the data centre's network; or this machine's CPU."""
 
     chip: Chip
     grid: tuple[int, ...]
@@ -43,11 +44,17 @@ class Topology:
     def title(self) -> str:
         """For people."""
         many = f"{self.slices} slices of " if self.slices > 1 else ""
-        return f"{many}{self.name} ({self.chips:,} chips)"
+        what = "chips" if self.timed else "devices of this machine"
+        return f"{many}{self.name} ({self.chips:,} {what})"
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is known how fast it is."""
+        return self.chip is not CPU
 
     @property
     def chips(self) -> int:
-        """How many there are in all."""
+        """How many there are in all; of a CPU the devices that jax makes of it."""
         return math.prod(self.grid) * self.slices
 
     @staticmethod
@@ -58,8 +65,13 @@ class Topology:
             InputError: no such chip or grid; it lists what there is.
         """
         name, _, grid = text.partition(":")
+        if name == CPU.name and re.fullmatch(r"[1-9]\d*", grid) and slices == 1:
+            return Topology(CPU, (int(grid),))
         if name not in CORES:
-            raise InputError(f"unknown topology {text!r}", expected=f"{', '.join(CORES)}, as v5e:16x16")
+            raise InputError(
+                f"unknown topology {text!r}",
+                expected=f"{', '.join(CORES)}, as v5e:16x16 (or cpu:1: memory and program alone)",
+            )
         if not re.fullmatch(r"\d+(x\d+)*", grid) or not _exists(name, grid):
             raise InputError(f"unknown topology {text!r}", expected=_grids(name))
         if slices < 1:
@@ -72,6 +84,8 @@ class Topology:
         Raises:
             InputError: libtpu is not there, or does not know the topology.
         """
+        if self.chip is CPU:
+            return _cpu_devices(self.chips)
         if not compiler_there():
             raise InputError("no TPU compiler is installed", fix="pip install 'mosaicjax[tpu]'")
         for name, value in ENVIRONMENT.items():
@@ -87,6 +101,18 @@ class Topology:
         except (RuntimeError, ValueError) as error:
             raise InputError(f"the TPU compiler does not know {self.name}", got=_first_line(error)) from error
         return list(found.devices)
+
+
+def _cpu_devices(count: int) -> list[Any]:
+    import jax
+
+    # Once jax has started there are as many as there are, which is checked below.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+    there = jax.devices("cpu")
+    if len(there) < count:
+        raise InputError("jax has started with fewer CPU devices", expected=count, got=len(there))
+    return list(there[:count])
 
 
 def compiler_there() -> bool:
