@@ -28,6 +28,6 @@ def test_a_plan_and_a_run_have_the_same_program(options, tmp_path, tiny_recipe, 
     page = capsys.readouterr().out
     assert f"program   {ran[:16]}" in page and "not timed: nobody states how fast a CPU is" in page
     assert found["memory"]["temporaries"] > 0 and "step_seconds" not in found
-    # Another rate, rows of another length or another seed is another program.
-    for other in (("--optimizer.lr.peak", "1.5e-5"), ("--seq", "8"), ("--seed", "99")):
+    # Another rate or rows of another length is another program.
+    for other in (("--optimizer.lr.peak", "1.5e-5"), ("--seq", "8")):
         assert planned(*other)["program"] != ran
