@@ -23,6 +23,7 @@ from mosaicjax.feed import Feed
 from mosaicjax.hardware import cost_usd, mfu
 from mosaicjax.log import MetricsLog, Row, read_rows
 from mosaicjax.nonfinite import first_nonfinite
+from mosaicjax.plan.kept import planned
 from mosaicjax.recipe import WHOLE
 from mosaicjax.report.live import LiveLine, Mfu, Progress
 from mosaicjax.report.summary import Heldout, Outcome, Seconds
@@ -185,14 +186,16 @@ class Run:
         """The clock's side of a row of metrics."""
         ready, hardware = self.ready, self.ready.hardware
         values = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
-        total = self.clocks.seconds().total
-        values["elapsed_seconds"] = total
+        spent = self.clocks.seconds()
+        values |= {"elapsed_seconds": spent.total, "goodput": spent.goodput}
         if hardware.peak_flops is not None:
             rate = tokens / seconds
             for name, count in asdict(ready.flops_per_token).items():
                 values[f"mfu_{name}"] = mfu(count * rate, hardware.chips, hardware.peak_flops)
         if hardware.price is not None:
-            values["cost_usd"] = cost_usd(total, hardware.chips, hardware.price)
+            values["cost_usd"] = cost_usd(spent.total, hardware.chips, hardware.price)
+            if self.tokens:
+                values["usd_per_million_tokens"] = 1e6 * values["cost_usd"] / self.tokens
         return values
 
     def progress(self, number: int) -> Progress:
@@ -320,6 +323,7 @@ class Run:
             chip=hardware.name,
             chips=hardware.chips,
             price=hardware.price,
+            planned=planned(self.program, hardware.name),
         )
 
 

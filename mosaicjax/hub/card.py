@@ -77,6 +77,7 @@ def _trained(origin: Origin, history: Trained) -> dict[str, str]:
         "Computed in": recipe.dtypes.compute,
         "Hardware": _hardware(hardware, devices),
         "Time": "" if not isinstance(seconds, int | float) else format_duration(seconds),
+        "Goodput": _goodput(ended.get("goodput")),
         "Cost": _cost(ended.get("cost")),
         "Commit": str(ran.get("git", "")),
         "Python": str(ran.get("python", "")),
@@ -104,6 +105,10 @@ def _hardware(hardware: Mapping[str, Any], devices: Mapping[str, Any]) -> str:
     if hardware:
         return f"{hardware['chips']:g} x {hardware['chip']}"
     return f"{devices['count']} x {devices['kind']}" if devices else ""
+
+
+def _goodput(share: Any) -> str:
+    return f"{share:.1%} of the time in steps" if isinstance(share, int | float) else ""
 
 
 def _cost(cost: Mapping[str, Any] | None) -> str:

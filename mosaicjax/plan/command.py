@@ -13,8 +13,8 @@ from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.plan import analytic
 from mosaicjax.plan.bill import Bill, bill
-from mosaicjax.plan.compiled import cache_dir
 from mosaicjax.plan.fit import Fitting
+from mosaicjax.plan.kept import cache_dir, keep
 from mosaicjax.plan.text import lines, to_json
 from mosaicjax.plan.topology import Topology, compiler_there
 from mosaicjax.recipe_file import Loaded
@@ -66,6 +66,8 @@ def plan(recipe: str, overrides: Sequence[str], wanted: Wanted, say: Callable[[s
     for each, words in zip(bills, fixes, strict=False):
         say(f"fit       {each.topology.name}: {' '.join(words) or 'the recipe as it is'}")
     rows = [to_json(each, loaded.name) for each in bills]
+    for row in rows:
+        keep(cache_dir(), row)
     for row, words in zip(rows, fixes, strict=False):
         row["fit"] = words
     _write(wanted.json, rows)

@@ -82,12 +82,6 @@ def versions(topology: Topology) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def cache_dir() -> Path:
-    """Where programs are kept: under XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "mosaicjax" / "plan"
-
-
 def compile_step(step: Step, topology: Topology, cache: Path | None) -> Compiled:
     """Compile the train step for the devices of its layout, or find it among those compiled before.
 

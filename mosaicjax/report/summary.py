@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mosaicjax import storage
@@ -35,6 +35,15 @@ class Seconds:
         """Time that none of the parts claims."""
         return self.total - (self.compile + self.evaluate + self.save + self.data_wait + self.train)
 
+    @property
+    def goodput(self) -> float:
+        """Share of the time that went into steps which the model at hand has behind it.
+
+        Compiling, evaluation, saves, waits for data, start-up and restarts are the rest, and steps that were
+        done again after a kill.
+        """
+        return self.train / self.total if self.total > 0 else math.nan
+
 
 @dataclass(frozen=True)
 class Heldout:
@@ -59,12 +68,24 @@ class Heldout:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What `mosaicjax plan` said of the same program before the run.
+
+    Units: tokens a second of all chips, dollars a million tokens while steps run.
+    """
+
+    topology: str
+    tokens_per_second: float
+    usd_per_million_tokens: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """All that a summary is made of.
 
     `chip` is the name of the chip and `chips` how many were held; `price` is None where it is unknown, and
-    `heldout` where nothing was evaluated. Steps, tokens and seconds are those of the whole run, earlier
-    processes included.
+    `heldout` where nothing was evaluated, `planned` where no plan of this program is known here.
+    Steps, tokens and seconds are those of the whole run, earlier processes included.
     """
 
     steps: int
@@ -75,6 +96,7 @@ class Outcome:
     chip: str
     chips: float
     price: Price | None
+    planned: Planned | None = None
 
 
 def summarize(outcome: Outcome) -> dict[str, Any]:
@@ -102,9 +124,11 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
         "tokens_per_second": encode(
             {"training": _rate(outcome.tokens, stepping), "overall": _rate(outcome.tokens, seconds.total)}
         ),
+        **encode({"goodput": seconds.goodput}),
         "hardware": {"chip": outcome.chip, "chips": outcome.chips},
         "loss": encode({"train": outcome.train_loss}),
         "cost": None,
+        "planned": None if outcome.planned is None else asdict(outcome.planned),
         "heldout": None,
     }
     if outcome.heldout is not None:
@@ -132,7 +156,8 @@ def summary_line(outcome: Outcome) -> str:
     seconds = outcome.seconds
     parts = [
         f"{format_count(outcome.tokens)} tokens in {format_duration(seconds.total)} ({_shares(seconds)})",
-        f"{format_count(_rate(outcome.tokens, seconds.train + seconds.data_wait))} tokens/s while training",
+        f"{format_count(_rate(outcome.tokens, seconds.train + seconds.data_wait))} tokens/s while training,"
+        f" goodput {seconds.goodput:.0%}",
     ]
     if outcome.heldout is None:
         parts.append(f"train loss {outcome.train_loss:.4f}")
@@ -149,7 +174,20 @@ def summary_line(outcome: Outcome) -> str:
             f" {format_usd(outcome.price.usd_per_chip_hour)} a chip hour"
             f" ({outcome.price.source}, {outcome.price.date})"
         )
+    if outcome.planned is not None:
+        parts.append(_beside_plan(outcome, outcome.planned))
     return "; ".join(parts)
+
+
+def _beside_plan(outcome: Outcome, planned: Planned) -> str:
+    """The plan's figures and, of the same kind, the run's: while steps ran."""
+    stepping = outcome.seconds.train + outcome.seconds.data_wait
+    speed = _rate(outcome.tokens, stepping)
+    beside = f"planned on {planned.topology}: {format_count(planned.tokens_per_second)} tokens/s"
+    if outcome.price is not None and outcome.tokens:
+        usd = cost_usd(stepping, outcome.chips, outcome.price) / outcome.tokens * 1e6
+        beside += f" and ${planned.usd_per_million_tokens:.4f} a million, measured in steps ${usd:.4f}"
+    return f"{beside} ({planned.tokens_per_second / speed:.2f} x the measured speed)"
 
 
 def write_summary(run_dir: str, outcome: Outcome) -> None:

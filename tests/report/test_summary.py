@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 
 from mosaicjax.hardware import Price
-from mosaicjax.report.summary import Heldout, Outcome, Seconds, summarize, summary_line, write_summary
+from mosaicjax.report.summary import (
+    Heldout,
+    Outcome,
+    Planned,
+    Seconds,
+    summarize,
+    summary_line,
+    write_summary,
+)
 
 # 3,600 s in all, of which 2,000 s in steps and waiting for data: 2e9 tokens are 1e6 a second while training.
 OUTCOME = Outcome(
@@ -48,9 +56,24 @@ def test_summary_by_hand():
 def test_line_by_hand():
     assert summary_line(OUTCOME) == (
         "2.00B tokens in 1 h 00 min (training 50%, evaluation 17%, other 17%, compile 8%, data wait 6%,"
-        " saving 3%); 1.00M tokens/s while training; held-out loss 2.0794, perplexity 8.00,"
+        " saving 3%); 1.00M tokens/s while training, goodput 50%; held-out loss 2.0794, perplexity 8.00,"
         " 0.7500 bits/byte; $307.20 at $1.20 a chip hour (a list, 2026-01-01)"
     )
+
+
+def test_the_measured_bill_stands_beside_the_planned_one():
+    found = replace(OUTCOME, planned=Planned("v5e:16x16", 1.25e6, 0.0683))
+    assert summarize(found)["planned"] == {
+        "topology": "v5e:16x16",
+        "tokens_per_second": 1.25e6,
+        "usd_per_million_tokens": 0.0683,
+    }
+    # 2,000 s in steps and waiting for data: 256 x $1.20 x 2,000 / 3,600 over 2,000 million tokens.
+    assert summary_line(found).endswith(
+        "; planned on v5e:16x16: 1.25M tokens/s and $0.0683 a million, measured in steps $0.0853"
+        " (1.25 x the measured speed)"
+    )
+    assert summarize(OUTCOME)["planned"] is None and summarize(OUTCOME)["goodput"] == 0.5
 
 
 def test_what_is_unknown_is_said():
