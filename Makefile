@@ -16,7 +16,7 @@ CORPUS := --include '*.py' --exclude site-packages --exclude test --exclude test
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help install quickstart check-quickstart test peers test-slow soak hardware-check lint format lock clean
+.PHONY: help install quickstart check-quickstart test peers test-slow gate soak hardware-check lint format lock clean
 
 help:
 	@echo "make install     the locked environment in $(VENV) (every target below does this first)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test        the fast tests"
 	@echo "make peers       the libraries that some tests compare with, in $(VENV) too: PyTorch, Transformers, libtpu"
 	@echo "make test-slow   the slow tests, and those against peer libraries where these are installed"
+	@echo "make gate        figures of compiled programs against the stored ones; fails where one got worse"
 	@echo "make soak        random kills and resumes, for as long as SOAK_MINUTES says"
 	@echo "make hardware-check  on a TPU: kernels against the reference, times beside predictions, one JSON"
 	@echo "make lint        ruff and mypy"
@@ -56,6 +57,9 @@ peers: $(INSTALLED)
 # pytest exits with 5 when a marker selects nothing, which is no failure of this tier.
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m "(slow or peer) and not soak" -n $(WORKERS) || test $$? -eq 5
+
+gate: $(INSTALLED)
+	$(PY) benchmarks/gate.py
 
 soak: $(INSTALLED)
 	$(PY) -m pytest -m soak

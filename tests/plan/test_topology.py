@@ -18,7 +18,7 @@ def test_chips_are_counted(text, chips, slices):
     assert found.chip is chip_named(text.partition(":")[0])
 
 
-@pytest.mark.parametrize("text", ["v9:2x2", "", "cpu:1", "16x16"])
+@pytest.mark.parametrize("text", ["v9:2x2", "", "cpu:0", "cpu", "16x16"])
 def test_an_unknown_chip_is_refused_with_the_list(text):
     with pytest.raises(InputError, match=f"unknown topology .*expected {', '.join(CORES)}, as v5e:16x16"):
         Topology.read(text)
