@@ -112,6 +112,9 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--usd-per-chip-hour", type=float, help="(default: the recipe's, or the list price)")
     command.add_argument("--fit", action="store_true", help="find the remat policy and microbatch that fit")
     command.add_argument("--json", default="", metavar="FILE", help="all figures, as JSON")
+    command.add_argument(
+        "--picture", default="", metavar="FILE", help="of the step's time, or the cheapest's"
+    )
     command.add_argument("--no-cache", action="store_true", help="compile what was compiled before, too")
 
 
@@ -254,6 +257,7 @@ def _plan(options: argparse.Namespace) -> int:
         slices=options.slices,
         usd_per_chip_hour=options.usd_per_chip_hour,
         json=options.json,
+        picture=options.picture,
         cached=not options.no_cache,
         fit=options.fit,
     )

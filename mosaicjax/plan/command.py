@@ -15,6 +15,7 @@ from mosaicjax.plan import analytic
 from mosaicjax.plan.bill import Bill, bill
 from mosaicjax.plan.fit import Fitting
 from mosaicjax.plan.kept import cache_dir, keep
+from mosaicjax.plan.picture import draw
 from mosaicjax.plan.text import lines, to_json
 from mosaicjax.plan.topology import Topology, compiler_there
 from mosaicjax.recipe_file import Loaded
@@ -32,6 +33,7 @@ class Wanted:
     slices: int = 1
     usd_per_chip_hour: float | None = None
     json: str = ""
+    picture: str = ""
     cached: bool = True
     fit: bool = False
 
@@ -71,6 +73,10 @@ def plan(recipe: str, overrides: Sequence[str], wanted: Wanted, say: Callable[[s
     for row, words in zip(rows, fixes, strict=False):
         row["fit"] = words
     _write(wanted.json, rows)
+    if wanted.picture:
+        timed = [each for each in bills if each.fast is not None]
+        cheapest = min(timed, key=lambda each: each.usd_per_million_tokens, default=bills[0])
+        draw(cheapest, wanted.picture, loaded.name)
     return 0 if any(each.compiled.fits for each in bills) else DOES_NOT_FIT
 
 

@@ -30,27 +30,35 @@ def lints(ops: Sequence[Op], slow: StepTime, layout: Layout, spec: Spec) -> Iter
 
 
 def _full_reductions(ops: Sequence[Op], layout: Layout) -> Iterator[str]:
-    """Gradients summed whole on every device, of which each keeps its shard."""
+    """All-reduces of gradients of which each device keeps its shard, and those that stand in for gathers."""
     if layout.weight_shards == 1:
         return
-    whole = [
+    along = "with mesh.fsdp along the axes of the torus, as --mesh.fsdp 16 16 on a 16x16"
+    explicit = f"--mesh.gather explicit {along}"
+    count, moved = _reduced(ops, gathers=False)
+    if count:
+        yield (
+            f"gradients are summed by {count:,} full all-reduces a step ({moved / 1e9:,.1f} GB sent by each"
+            f" chip) where a reduce-scatter sends half; fix: {along if layout.explicit else explicit}"
+        )
+    count, moved = _reduced(ops, gathers=True)
+    if count and not layout.explicit:
+        yield (
+            f"weights are gathered by {count:,} all-reduces a step ({moved / 1e9:,.1f} GB sent by each chip)"
+            f" where an all-gather sends half; fix: {explicit}"
+        )
+
+
+def _reduced(ops: Sequence[Op], gathers: bool) -> tuple[int, float]:
+    """How many all-reduces worth mentioning run, and what each chip sends in them."""
+    found = [
         (op.times, one.sent)
         for op in ops
         for one in op.collectives
-        if one.kind == "all-reduce" and one.whole > SMALL and "transpose(" in op.place
+        if one.kind == "all-reduce" and one.whole > SMALL and "/gradients/" in op.place
+        if ("sharding_constraint" in op.place) == gathers
     ]
-    if not whole:
-        return
-    count, moved = sum(times for times, _ in whole), sum(times * size for times, size in whole)
-    fix = (
-        "mesh.fsdp along the axes of the torus, as --mesh.fsdp 16 16 on a 16x16"
-        if layout.explicit
-        else "--mesh.gather explicit with mesh.fsdp along the axes of the torus, as --mesh.fsdp 16 16"
-    )
-    yield (
-        f"gradients are summed by {count:,} full all-reduces a step ({moved / 1e9:,.1f} GB sent by each chip)"
-        f" where a reduce-scatter sends half; fix: {fix}"
-    )
+    return sum(times for times, _ in found), sum(times * size for times, size in found)
 
 
 def _narrow_shards(layout: Layout, spec: Spec) -> Iterator[str]:
