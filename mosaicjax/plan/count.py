@@ -68,9 +68,9 @@ class Collective:
 class Op:
     """One operation of the program and what each of its runs takes; `times` is how often it runs.
 
-    `flops` are those of matrix products (of a kernel: all that it says of itself). `cycles` is the compiler's
-    estimate, None where there is none. `copy`: the transfer goes on beside other work. `body` is the
-    computation it stands in.
+    `flops` are those of matrix products (of a kernel: all that it says of itself). `cycles` is the
+    compiler's estimate, None where there is none, and `modelled` whether a cost model of its own is behind
+    it. `copy`: the transfer goes on beside other work. `body` is the computation it stands in.
 
     Units: FLOPs, bytes and cycles of one run on one device.
     """
@@ -83,6 +83,7 @@ class Op:
     flops: float
     hbm: float
     cycles: int | None
+    modelled: bool
     kernel: bool
     copy: bool
     estimated: bool
@@ -127,6 +128,7 @@ def _operation(
         flops=flops,
         hbm=_whole(body, each) if kernel else _traffic(module, body, each),
         cycles=each.cycles,
+        modelled=each.modelled,
         kernel=kernel,
         copy=each.opcode in ("copy-start", "slice-start"),
         estimated=not kernel or estimate is not None,

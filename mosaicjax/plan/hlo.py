@@ -120,6 +120,12 @@ class Instruction:
         return None if found is None else int(found)
 
     @property
+    def modelled(self) -> bool:
+        """Whether the compiler has a cost model for it; its estimate is a guess elsewhere, and it says so."""
+        kind = self.config.get("window_config", {}).get("cost_model_type", "COST_MODEL_TYPE_INVALID")
+        return bool(kind != "COST_MODEL_TYPE_INVALID")
+
+    @property
     def estimate(self) -> Mapping[str, int] | None:
         """What a kernel says of itself: `flops`, `transcendentals`, `bytes_accessed`."""
         found = self.config.get("custom_call_config", {}).get("cost_estimate")

@@ -1,9 +1,12 @@
 """How long a compiled step takes on chips that are not there: matrix units, HBM, kernels and links.
 
 Each operation takes the compiler's own estimate of its cycles, or as long as its bytes of HBM do, whichever
-is more. Kernels take what the compiler's schedule gives their shapes (`attention_tiles`), or their FLOPs at
-the peak where nobody looked. Copies and collectives that go on beside other work cost what they are longer
-than it, loop body by loop body; all else goes one after the other.
+is more. Where the compiler says that it has no cost model, which is all but products of matrices, its guess
+counts for what touches no HBM alone: for an addition of two arrays of 1 GiB on a v5e it is 1.7 times what
+their bytes take at the published bandwidth, and more on other chips. Kernels take what the compiler's
+schedule gives their shapes (`attention_tiles`), or their FLOPs at the peak where nobody looked. Copies and
+collectives that go on beside other work cost what they are longer than it, loop body by loop body; all else
+goes one after the other.
 
 What collectives take is known within a factor of two: optimistic is every link along the dims of the torus
 that a group spans, in both directions, pessimistic half of that.
@@ -132,7 +135,8 @@ def _alone(op: Op, speeds: Speeds, rate: KernelRate) -> tuple[str, float]:
         return "kernels", max(op.flops / (rate(op) or speeds.flops), moving)
     if op.flops:
         return "matrix", max((op.cycles or 0) / speeds.cycles, op.flops / speeds.flops, moving)
-    return "vector", max((op.cycles or 0) / speeds.cycles, moving)
+    guessed = moving > 0 and not op.modelled
+    return "vector", moving if guessed else max((op.cycles or 0) / speeds.cycles, moving)
 
 
 def wire_seconds(one: Collective, speeds: Speeds, places: np.ndarray, pessimistic: bool) -> float:

@@ -18,7 +18,7 @@ from mosaicjax.layers.moe import Moe
 from mosaicjax.kernels.grouped import Grouped
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
-from mosaicjax.models import gptj, llama, mixtral, mpt, neox, qwen3
+from mosaicjax.models import gptj, llama, mixtral, mpt
 from mosaicjax.models.decoder import Remat
 from mosaicjax.recipe import Recipe
 
@@ -29,7 +29,6 @@ recipe = Recipe(
 
 SMALL = "layers=4, embed=256, heads=4, vocab=1024"
 CASES = {
-    "mpt, windows in turn, no remat": (f"mpt.Config({SMALL}, mlp=640, windows=(0, 100))", False, ""),
     "mpt, full remat, logits by chunks, two microbatches": (
         f"mpt.Config({SMALL}, mlp=1024, remat=Remat.FULL)",
         False,
@@ -56,7 +55,6 @@ CASES = {
         "mesh=Mesh(fsdp=(2,), tensor=2)",
     ),
     "gptj, full remat": (f"gptj.Config({SMALL}, mlp=1024, remat=Remat.FULL)", False, ""),
-    "neox, full remat": (f"neox.Config({SMALL}, mlp=1024, remat=Remat.FULL)", False, ""),
     "mixtral by megablox, full remat": (
         f"mixtral.Config({SMALL}, mlp=512, kv_heads=2, experts=4,"
         " ffn=Moe(grouped=Grouped.MEGABLOX), remat=Remat.FULL)",

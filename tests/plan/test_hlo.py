@@ -30,7 +30,8 @@ def test_a_program_by_hand():
     assert ops["kernel"].times == ops["reduced"].times == 1
     # 16 x 128 x 16 multiply-adds, twice.
     assert ops["going"].flops == 2 * 2 * 16 * 128 * 16
-    assert ops["going"].cycles == 700
+    assert (ops["going"].cycles, ops["going"].modelled) == (700, True)
+    assert not ops["next"].modelled
     # One of four layers is read, into VMEM, and its number.
     assert ops["sliced"].hbm == SLICE + 4
     # The gathered matrix is written where the gather begins, and counted there alone.

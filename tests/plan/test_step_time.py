@@ -9,7 +9,15 @@ from mosaicjax.plan.topology import Topology
 
 SPEEDS = Speeds(cycles=1e9, flops=1e12, hbm=1e11, link=1e10, dcn=1e9, ring=4)
 GRID = np.asarray([(0, x, y) for x in range(4) for y in range(2)])
-NOTHING = {"place": "", "body": "main", "times": 1, "flops": 0.0, "hbm": 0.0, "cycles": None}
+NOTHING = {
+    "place": "",
+    "body": "main",
+    "times": 1,
+    "flops": 0.0,
+    "hbm": 0.0,
+    "cycles": None,
+    "modelled": True,
+}
 
 
 def op(name="op", collectives=(), kernel=False, copy=False, **figures):
@@ -42,6 +50,13 @@ def test_what_takes_longest_counts():
     assert found.matrix == pytest.approx(3e-3 + 5e-3 + 7e-3)
     assert (found.vector, found.kernels, found.collectives) == (0, 0, 0)
     assert timed(op(cycles=1_000_000, hbm=2e8)).vector == pytest.approx(2e-3)
+    assert timed(op(cycles=3_000_000, hbm=2e8)).vector == pytest.approx(3e-3)
+
+
+def test_guesses_count_for_what_touches_no_hbm_alone():
+    assert timed(op(cycles=3_000_000, hbm=2e8, modelled=False)).vector == pytest.approx(2e-3)
+    assert timed(op(cycles=3_000_000, modelled=False)).vector == pytest.approx(3e-3)
+    assert timed(op(cycles=3_000_000, flops=1e9, hbm=1e8, modelled=False)).matrix == pytest.approx(3e-3)
 
 
 def test_turns_of_a_loop_count_each():
