@@ -51,9 +51,11 @@ class Mesh:
 
     `data` copies the model; `fsdp` shards weights and optimizer state and also splits the batch (several
     numbers lay it over several mesh axes, to follow a torus); `tensor` splits heads, MLP and vocabulary.
-    One of them may be `REST`. `gather` says who makes a sharded weight whole: the `compiler`, from a sharding
-    constraint, or an `explicit` all-gather forward and reduce-scatter backward. `rules` overrides where a
-    named dim of the weights goes (e.g. `{"kv_heads": "none"}` for fewer key heads than tensor shards).
+    One of them may be `REST`. `gather` says who makes a sharded weight whole: the `compiler`, from a
+    sharding constraint, or an `explicit` all-gather forward and reduce-scatter backward, whose `sums` go
+    over the links in the reduce dtype or, in half the bytes, in the compute dtype (which the compiler
+    chooses anyway). `rules` overrides where a named dim of the weights goes (e.g. `{"kv_heads": "none"}`
+    for fewer key heads than tensor shards).
     """
 
     data: int = 1
@@ -61,6 +63,7 @@ class Mesh:
     tensor: int = 1
     gather: Literal["compiler", "explicit"] = "compiler"
     rules: Mapping[str, Literal["fsdp", "tensor", "none"]] = field(default_factory=dict)
+    sums: Literal["reduce", "compute"] = "reduce"
 
     def axes(self, devices: int) -> dict[str, int]:
         """Mesh axis names and sizes for a number of devices.
@@ -94,7 +97,11 @@ class Mesh:
         mesh = jax.make_mesh(
             tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
         )
-        return Layout(mesh, self.all_rules(), explicit=self.gather == "explicit")
+        return self.layout(mesh)
+
+    def layout(self, mesh: Any) -> Layout:
+        """What goes where on devices that are laid out already, or on an abstract mesh."""
+        return Layout(mesh, self.all_rules(), explicit=self.gather == "explicit", sums=self.sums)
 
     def all_rules(self) -> Rules:
         """The rules of weights with this mesh's own over them."""
@@ -117,6 +124,7 @@ class Layout:
     rules: Rules
     explicit: bool
     manual: bool = False
+    sums: Literal["reduce", "compute"] = "reduce"
 
     @property
     def fsdp_axes(self) -> tuple[str, ...]:
@@ -218,10 +226,10 @@ def shardings(spec: Spec, layout: Layout) -> Any:
 def gather(weight: Array, param: Param, layout: Layout, dtypes: Dtypes) -> Array:
     """A weight ready for use: cast to the compute dtype, then whole along the fsdp axes.
 
-    Backward, its gradient is cast to the reduce dtype, summed over the devices that saw other rows and
-    left where the weight rests, in the param dtype. The compiler may put its own sum before that cast, in the
-    compute dtype; the explicit form does not. Within `shard_map` the sum over `data` is the caller's,
-    once for all microbatches.
+    Backward, its gradient is cast to the reduce dtype (or what `Mesh.sums` says), summed over the devices
+    that saw other rows and left where the weight rests, in the param dtype. The compiler may put its own
+    sum before that cast, in the compute dtype; the explicit form does not. Within `shard_map` the sum over
+    `data` is the caller's, once for all microbatches.
 
     Shapes: `weight` is one layer's (no layers' dimension), as is the result.
     """
@@ -281,7 +289,8 @@ def _gather_forward(weight: Array, use: Use) -> tuple[Array, None]:
 
 
 def _gather_backward(use: Use, _: None, grad: Array) -> tuple[Array]:
-    layout, grad = use.layout, grad.astype(use.dtypes.reduce)
+    layout, dtypes = use.layout, use.dtypes
+    grad = grad.astype(dtypes.compute if layout.manual and layout.sums == "compute" else dtypes.reduce)
     if not layout.manual:
         grad = jax.lax.with_sharding_constraint(grad, NamedSharding(layout.mesh, layout.partition(use.axes)))
         return (grad.astype(use.dtypes.param),)

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from mosaicjax.data.tokenizer import Tokenizer
-from mosaicjax.mesh import Layout
 from mosaicjax.models import flops
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe
@@ -32,8 +31,7 @@ def described(recipe: Recipe, devices: int) -> Step:
     """
     sizes = recipe.mesh.axes(devices)
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    layout = Layout(mesh, recipe.mesh.all_rules(), explicit=recipe.mesh.gather == "explicit")
-    return Step(recipe.program()[1], layout, recipe.seed)
+    return Step(recipe.program()[1], recipe.mesh.layout(mesh), recipe.seed)
 
 
 def show(recipe: Recipe, devices: int) -> Iterator[str]:

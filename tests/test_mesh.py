@@ -1,6 +1,7 @@
 """Where weights and rows lie, and that a gathered weight and its gradient are the whole ones."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -39,7 +40,7 @@ DIMS = {"embed": 16, "heads": 4, "head_dim": 3}
 
 
 def layout(mesh, gather="compiler"):
-    return Mesh(mesh.data, mesh.fsdp, mesh.tensor, gather, mesh.rules).build(jax.devices())
+    return replace(mesh, gather=gather).build(jax.devices())
 
 
 @given(
@@ -122,10 +123,12 @@ def test_shard_bytes_are_those_of_live_shards(mesh):
         assert sum(held) == shard_bytes(spec.abstract("float32", shardings(spec, where)))
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("compute", "sums"), [("float32", "reduce"), ("bfloat16", "reduce"), ("bfloat16", "compute")]
+)
 @pytest.mark.parametrize("mesh", EIGHT)
-def test_explicit_gather_and_its_gradient(mesh, compute):
-    where = layout(mesh, "explicit")
+def test_explicit_gather_and_its_gradient(mesh, compute, sums):
+    where = layout(replace(mesh, sums=sums), "explicit")
     dtypes = Dtypes(compute=compute)
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((16, 4, 3)).astype(np.float32)

@@ -94,6 +94,7 @@ RECIPES = some(
         Mesh,
         fsdp=st.lists(st.integers(-1, 99), max_size=3).map(tuple),
         gather=st.sampled_from(["compiler", "explicit"]),
+        sums=st.sampled_from(["reduce", "compute"]),
         rules=st.dictionaries(NAMES, st.sampled_from(["fsdp", "tensor", "none"]), max_size=2),
     ),
     dtypes=st.builds(Dtypes, FORMATS, FORMATS, FORMATS),

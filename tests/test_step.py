@@ -202,19 +202,22 @@ def collectives(step, folder):
     return {kind: set(re.findall(rf"= (\w+\[[\d,]*\])\S* {kind}\(", after.read_text())) for kind in kinds}
 
 
-@pytest.mark.parametrize("gather", ["compiler", "explicit"])
-def test_what_moves_between_devices(gather, tmp_path):
+@pytest.mark.parametrize(
+    ("gather", "sums"), [("compiler", "reduce"), ("explicit", "reduce"), ("explicit", "compute")]
+)
+def test_what_moves_between_devices(gather, sums, tmp_path):
     # On fsdp 2 x tensor 2: weights whole along embed and half along heads, mlp and vocab, cast before they
-    # move; their gradients summed in float32.
+    # move; their gradients summed in float32, or in bfloat16 where that is asked for.
     made = stepping.program(SMALL.build(), Phase(8, 8, 8), dtypes=Dtypes(compute="bfloat16"))
-    mesh = Mesh(data=2, fsdp=(2,), tensor=2, gather=gather)
+    mesh = Mesh(data=2, fsdp=(2,), tensor=2, gather=gather, sums=sums)
     moved = collectives(Step(made, stepping.place(mesh, 8), seed=0), tmp_path)
     norm, query, out, up, down, table = "[16]", "[16,1,8]", "[1,8,16]", "[16,16]", "[16,16]", "[32,16]"
     assert moved["all-gather"] == {f"bf16{shape}" for shape in (norm, query, out, up, down, table)}
     assert moved["all-to-all"] == moved["collective-permute"] == set()
     if gather == "explicit":
         halves = ("[8]", "[8,1,8]", "[1,8,8]", "[8,16]", "[16,8]", "[32,8]")
-        assert moved["reduce-scatter"] == {f"f32{shape}" for shape in halves}
+        dtype = "f32" if sums == "reduce" else "bf16"
+        assert moved["reduce-scatter"] == {f"{dtype}{shape}" for shape in halves}
 
 
 @pytest.mark.parametrize("gather", ["compiler", "explicit"])

@@ -106,7 +106,8 @@ def wire_bytes(step: Step) -> float:
     size = jax.numpy.dtype(program.dtypes.compute).itemsize
     entries = program.trainable.count()
     # Whole and in the compute dtype by the compiler, scattered and in the reduce dtype by explicit sums.
-    summed = jax.numpy.dtype(program.dtypes.reduce).itemsize if layout.explicit else 2 * size
+    wide = size if layout.sums == "compute" else jax.numpy.dtype(program.dtypes.reduce).itemsize
+    summed = wide if layout.explicit else 2 * size
     return program.phase.microbatches * entries * (2 * size + summed) * (shards - 1) / shards
 
 

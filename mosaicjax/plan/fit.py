@@ -72,7 +72,8 @@ class Fitting:
         if mesh.data != 1 or mesh.tensor != 1 or mesh.fsdp != (REST,) or self.topology.slices > 1:
             return found
         along = tuple(side for side in self.topology.grid if side > 1)
-        other = Mesh(fsdp=along, gather="explicit", rules=mesh.rules)
+        # Sums in the compute dtype, as the compiler's own are.
+        other = Mesh(fsdp=along, gather="explicit", sums="compute", rules=mesh.rules)
         tried = self.tried(replace(found.recipe, mesh=other))
         return tried if tried.compiled.fits and tried.seconds < found.seconds else found
 
@@ -126,6 +127,8 @@ def overrides(before: Recipe, after: Recipe) -> list[str]:
         words += ["--microbatch", str(WHOLE if rows == after.batch else rows)]
     if after.mesh.gather != before.mesh.gather:
         words += ["--mesh.gather", after.mesh.gather]
+    if after.mesh.sums != before.mesh.sums:
+        words += ["--mesh.sums", after.mesh.sums]
     if after.mesh.fsdp != before.mesh.fsdp:
         words += ["--mesh.fsdp", *map(str, after.mesh.fsdp)]
     return words
