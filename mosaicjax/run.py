@@ -161,6 +161,7 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
     latest = int(processes.broadcast_text(str(max(steps, default=-1)), "the last checkpoint"))
     with processes.refused_by_all("the mesh and the model"):
         layout = recipe.mesh.build(jax.devices())
+        check_sums(recipe)
         decoder, program = recipe.program()
         step = Step(program, layout, recipe.seed, measure=recipe.log.norms)
         cursor = Cursor(0, 0, data.digest, {}, recipe.seed, [name for name, _ in program.trainable.items()])
@@ -173,6 +174,20 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
     return Ready(
         loaded, out, data, decoder, step, hardware(recipe), flops.per_token(decoder, recipe.seq), cursor
     )
+
+
+def check_sums(recipe: Recipe) -> None:
+    """Refuse narrow explicit sums on a CPU, where jaxlib 0.10.2 ends the process with a failed check.
+
+    Raises:
+        InputError: with the way out.
+    """
+    narrow = recipe.mesh.sums == "compute" and recipe.dtypes.compute in ("bfloat16", "float16")
+    if recipe.mesh.gather == "explicit" and narrow and jax.devices()[0].platform == "cpu":
+        raise InputError(
+            f"XLA for CPUs cannot sum {recipe.dtypes.compute} over devices by explicit gathers",
+            fix="--mesh.sums reduce, or --dtypes.compute float32",
+        )
 
 
 def check_alike(loaded: Loaded, digest: str) -> None:

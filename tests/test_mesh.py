@@ -124,7 +124,7 @@ def test_shard_bytes_are_those_of_live_shards(mesh):
 
 
 @pytest.mark.parametrize(
-    ("compute", "sums"), [("float32", "reduce"), ("bfloat16", "reduce"), ("bfloat16", "compute")]
+    ("compute", "sums"), [("float32", "reduce"), ("bfloat16", "reduce"), ("float32", "compute")]
 )
 @pytest.mark.parametrize("mesh", EIGHT)
 def test_explicit_gather_and_its_gradient(mesh, compute, sums):

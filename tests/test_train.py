@@ -479,3 +479,12 @@ def test_processes_given_different_recipes_refuse(tiny_recipe, tmp_path):
         assert result.returncode == 2, result
         assert "process 1 was given another recipe or other data than process 0" in result.stderr
     assert tiny.complete(tmp_path / "run") == []
+
+
+def test_narrow_explicit_sums_are_refused_where_xla_would_crash(tiny_recipe, tmp_path, capsys):
+    words = ("--mesh.gather", "explicit", "--mesh.sums", "compute", "--dtypes.compute", "bfloat16")
+    assert tiny.run("train", tiny_recipe, "--out", tmp_path / "run", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "XLA for CPUs cannot sum bfloat16 over devices by explicit gathers; fix: --mesh.sums reduce" in line
+    )
