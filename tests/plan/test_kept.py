@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import pytest
 
+from mosaicjax import recipe_file
 from mosaicjax.plan.kept import keep, planned
 from mosaicjax.report.summary import Planned
+from mosaicjax.step import Step, digest
 from tests import tiny
 
 PLAN = {"program": "ab" * 32, "topology": {"name": "v5e:2x2"}, "tokens_per_second": 8.0}
@@ -27,21 +30,20 @@ def test_a_runs_summary_and_metrics_have_the_bill(tmp_path, monkeypatch, tiny_st
     steps = "6,\n    price=Price(3.6, 'a test', '2026-01-01')"
     before = "from mosaicjax.hardware import Price\n"
     recipe = tiny.write_recipe(tmp_path / "recipe.py", tiny_store, before=before, steps=steps)
-    tiny.train(recipe, tmp_path / "first")
-    program = json.loads((tmp_path / "first" / "run.json").read_text())["program"]
-    plan = {"program": program, "topology": {"name": "cpu:8"}, "tokens_per_second": 64.0}
+    loaded = recipe_file.load(str(recipe), []).recipe
+    step = Step(loaded.program()[1], loaded.mesh.build(jax.devices()), loaded.seed)
+    plan = {"program": digest(step.lower()), "topology": {"name": "cpu:8"}, "tokens_per_second": 64.0}
     keep(tmp_path / "mosaicjax" / "plan", {**plan, "usd_per_million_tokens": 0.5})
-    tiny.train(recipe, tmp_path / "second")
-    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("first", "second")]
-    assert summaries[0]["planned"] is None
-    assert summaries[1]["planned"] == {
+    tiny.train(recipe, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["planned"] == {
         "topology": "cpu:8",
         "tokens_per_second": 64.0,
         "usd_per_million_tokens": 0.5,
     }
-    seconds = summaries[1]["seconds"]
-    assert summaries[1]["goodput"] == seconds["train"] / seconds["total"]
-    rows = [json.loads(line) for line in (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()]
+    seconds = summary["seconds"]
+    assert summary["goodput"] == seconds["train"] / seconds["total"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in rows if row["kind"] == "train"):
         time = row["time"]
         assert time["cost_usd"] == pytest.approx(time["elapsed_seconds"] / 1_000)
