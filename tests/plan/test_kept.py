@@ -25,6 +25,7 @@ def test_a_plan_is_found_by_program_and_chip(tmp_path, monkeypatch):
     assert planned("ab" * 32, "v6e") is None and planned("cd" * 32, "v5e") is None
 
 
+@pytest.mark.slow
 def test_a_runs_summary_and_metrics_have_the_bill(tmp_path, monkeypatch, tiny_store):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     steps = "6,\n    price=Price(3.6, 'a test', '2026-01-01')"
