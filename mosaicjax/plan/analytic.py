@@ -67,6 +67,13 @@ def estimate(recipe: Recipe, topology: Topology, price: Price | None) -> Estimat
         InputError: as `bill`, but for the compiler.
     """
     price = price_of(recipe, topology, price)
+    if topology.slices > 1:
+        raise InputError(
+            "an estimate without the TPU compiler knows no network between slices",
+            expected="--slices 1",
+            got=topology.slices,
+            fix="pip install 'mosaicjax[tpu]'",
+        )
     decoder, _ = recipe.program()
     if not isinstance(decoder, Decoder):
         raise InputError("a plan counts FLOPs of decoders by structure; this model is a module of one's own")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mosaicjax.errors import InputError
@@ -141,11 +141,8 @@ def bill(
     speeds = Speeds.of(topology, recipe.dtypes.compute)
     rate = kernel_rate(decoder, recipe, topology)
     fast, slow = (step_time(ops, speeds, places, rate, pessimistic=each) for each in (False, True))
-    return Bill(
-        recipe,
-        topology,
-        compiled,
-        price,
+    return replace(
+        mine,
         work=work(decoder, recipe, topology, ops),
         fast=fast,
         slow=slow,
@@ -190,8 +187,10 @@ def masked_per_token(decoder: Decoder, recipe: Recipe, topology: Topology) -> fl
 
 @dataclass(frozen=True)
 class Pass:
-    """All runs of one of attention's kernels. Units: FLOPs a token, `useful` on entries that no mask hides;
-    `rate` FLOPs a second of one chip."""
+    """All runs of one of attention's kernels.
+
+    Units: `done` FLOPs a token, `useful` those on entries that no mask hides; `rate` a chip's FLOPs a second.
+    """
 
     done: float
     useful: float

@@ -114,13 +114,15 @@ def test_the_card_has_the_runs_facts(run, exported, tmp_path):
     assert (found["Digest of the training tokens"], found["Commit"]) == (ran["data"], ran["git"])
     assert f"jax {jax.__version__}" in found["Packages"]
     assert found["Cost"].startswith("unknown")
+    seconds = summary["seconds"]
+    assert found["Goodput"] == f"{seconds['train'] / seconds['total']:.1%} of the time in steps"
     assert (run / "recipe.py").read_text().rstrip() in (exported / "README.md").read_text()
     # The summary's losses are of the run's end; at step 4 there was an evaluation, at step 3 none.
     export_model(str(run), str(tmp_path / "third"), step=3)
     third = facts(tmp_path / "third")
     assert third["Steps"] == "3 of 8 rows of 32 tokens"
     assert third["Training loss"] == f"{tiny.losses(run)[2]:.4f} nats a token (last step)"
-    assert "Held-out loss" not in third
+    assert "Held-out loss" not in third and "Goodput" not in third
 
 
 def test_the_configuration_and_tokenizer_are_the_runs(run, exported):

@@ -92,6 +92,8 @@ def test_without_the_compiler_the_command_says_so(monkeypatch, capsys, tmp_path,
     assert all("ESTIMATE" in row["estimate"] for row in rows)
     assert cli.main([*words, "--fit"]) == 2
     assert "--fit compiles, and no TPU compiler is installed; fix: pip install" in capsys.readouterr().err
+    assert cli.main([*words, "--slices", "2"]) == 2
+    assert "knows no network between slices; expected --slices 1; got 2" in capsys.readouterr().err
 
 
 def test_no_price_is_one_line():
