@@ -237,6 +237,21 @@ class Module:
         return int(first.literal) if first.opcode == "constant" else None
 
 
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines of a program; those that a kernel's metadata breaks are put together again."""
+    held = ""
+    for line in text.splitlines():
+        begins = line.startswith(("  %", "  ROOT ")) or line.rstrip() == "}" or not held.startswith("  ")
+        if begins:
+            if held:
+                yield held
+            held = line.rstrip()
+        else:
+            held += line
+    if held:
+        yield held
+
+
 def read(text: str) -> Module:
     """A program from the text that `compiled.as_text()` gives.
 
@@ -245,11 +260,11 @@ def read(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry, name, instructions = "", "", {}
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if line.startswith(" ") and name:
             each = _instruction(line)
             instructions[each.name] = each
-        elif line.startswith("}") and name:
+        elif line == "}" and name:
             computations[name] = Computation(name, instructions)
             name = ""
         elif (header := _HEADER.match(line)) and " -> " in line:

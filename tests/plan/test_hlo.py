@@ -43,6 +43,18 @@ def test_a_program_by_hand():
     assert count.total(list(ops.values()), "flops") == 4 * 2 * 2 * 16 * 128 * 16 + 4_096
 
 
+def test_lines_that_a_kernels_metadata_breaks_are_one():
+    whole = by_name(PROGRAM)
+    line = next(line for line in PROGRAM.splitlines() if line.startswith("  %kernel ="))
+    broken = line.replace(
+        ", metadata=",
+        ', frontend_attributes={kernel_metadata={\n"block": "{\\"q\\": 512}"\n\n}}, metadata=',
+        1,
+    )
+    assert broken != line
+    assert by_name(PROGRAM.replace(line, broken)) == whole
+
+
 def test_collectives_of_a_program_by_hand():
     ops = by_name(PROGRAM)
     (gather,), (reduced,) = ops["start"].collectives, ops["reduced"].collectives
