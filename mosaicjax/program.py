@@ -41,6 +41,14 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Gradients and their norm, which every optimizer is told as `measured`."""
+
+    tree: Any
+    norm: Array
+
+
+@dataclass(frozen=True)
 class Phase:
     """A static part of a run: its batches' shape, compiled once.
 

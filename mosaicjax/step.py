@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import BATCH, Layout, shardings
-from mosaicjax.program import ACTIVATION_SQUARES, Batch, Loss, Phase, Program
+from mosaicjax.program import ACTIVATION_SQUARES, Batch, Loss, Measured, Phase, Program
 from mosaicjax.spec import Param, Spec, Tree, at_least_float32, is_param, path_name
 
 Sums = tuple[Array, Array, dict[str, Array], Any]
@@ -47,6 +47,19 @@ class Signals:
 
     halted: Any
     stop: Any
+
+
+@struct.dataclass
+class SummedGrads:
+    """Gradients summed over target tokens, what makes means of them, and the means' norm."""
+
+    tree: Any
+    share: Any
+    norm: Any
+
+    def means(self) -> Any:
+        """The gradients of the mean loss."""
+        return jax.tree.map(lambda grad: grad * self.share.astype(grad.dtype), self.tree)
 
 
 @dataclass(frozen=True)
@@ -165,32 +178,56 @@ class Step:
                 state.trainable, frozen, state.program, batch, key
             )
         share = 1.0 / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
-        grads = jax.tree.map(lambda grad: grad * share.astype(grad.dtype), grads)
         metrics = {name: value * share.astype(value.dtype) for name, value in sums.items()}
         if ACTIVATION_SQUARES in metrics:
             metrics["activation_rms"] = jnp.sqrt(metrics.pop(ACTIVATION_SQUARES))
+        norm = optax.tree.norm(grads)
         metrics |= {
             "tokens": weight,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm * share.astype(norm.dtype),
             "lr": jnp.asarray(program.rate(state.step)),
         }
-        # optax raises Python floats to integer counts, which strict promotion (our tests') refuses.
-        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-            updates, optimizer = program.optimizer.update(grads, state.optimizer, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-        # The update entry by entry: its norm may overflow where no entry does.
-        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
-        finite += [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm")]
-        fine = jnp.all(jnp.stack(finite)) & ~signals.halted
+        with jax.named_scope("optimizer"):
+            summed = SummedGrads(grads, share, metrics["grad_norm"])
+            updates, _ = self.update(summed, state)
+            # The update entry by entry: its norm may overflow where no entry does.
+            finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
+            finite += [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm")]
+            fine = jnp.all(jnp.stack(finite)) & ~signals.halted
+
+            def kept_unless_fine(after: Any, before: Any) -> Any:
+                return jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, before)
+
+            # Computed anew where it is applied, for weights and then for moments: kept from above, updates
+            # and new moments would be held beside all the old ones, and passed over once more.
+            state, summed, fine = jax.lax.optimization_barrier((state, summed, fine))
+            updates, _ = self.update(summed, state)
+            with jax.numpy_dtype_promotion("standard"):
+                trainable = optax.apply_updates(state.trainable, updates)
+            trainable = kept_unless_fine(trainable, state.trainable)
+            state, summed, trainable = jax.lax.optimization_barrier((state, summed, trainable))
+            _, optimizer = self.update(summed, state)
+            optimizer = kept_unless_fine(optimizer, state.optimizer)
         if self.measure:
-            metrics |= {f"grad_rms/{name}": value for name, value in rms_by_layer(program.trainable, grads)}
+            means = rms_by_layer(program.trainable, summed.means())
+            metrics |= {f"grad_rms/{name}": value for name, value in means}
             metrics |= {
                 f"update_rms/{name}": value for name, value in rms_by_layer(program.trainable, updates)
             }
         metrics |= {"fine": fine, "stop": jnp.max(signals.stop)}
-        new = TrainState(state.step + 1, trainable, optimizer, program_state)
-        new = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
-        return new, ~fine, metrics
+        step, program_state = kept_unless_fine((state.step + 1, program_state), (state.step, state.program))
+        return TrainState(step, trainable, optimizer, program_state), ~fine, metrics
+
+    def update(self, grads: SummedGrads, state: TrainState) -> tuple[Any, Any]:
+        """The optimizer's updates, and its new state."""
+        means = grads.means()
+        optimizer = optax.with_extra_args_support(self.program.optimizer)
+        # optax raises Python floats to integer counts, which strict promotion (our tests') refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, new = optimizer.update(
+                means, state.optimizer, state.trainable, measured=Measured(means, grads.norm)
+            )
+        return updates, new
 
     def gradients(
         self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array

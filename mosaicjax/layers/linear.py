@@ -1,9 +1,11 @@
-"""Products with a weight, and their gradients as plain matrix products."""
+"""Products with a weight, and functions of single entries: what their gradients are computed from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 from jax import Array
@@ -72,3 +74,24 @@ def _scores_backward(dtype: str, saved: tuple[Array, Array], grad: Array) -> tup
 
 
 scores_of.defvjp(_scores_forward, _scores_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def from_inputs(function: Callable[..., Array], *inputs: Any) -> Array:
+    """`function(*inputs)`, whose gradient is computed from the inputs alone.
+
+    For functions that are cheaper to compute again than to hold the insides of: an exact GELU alone would
+    keep two more arrays of its input's size for the backward pass.
+    """
+    return function(*inputs)
+
+
+def _from_inputs_forward(function: Callable[..., Array], *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
+    return from_inputs(function, *inputs), inputs
+
+
+def _from_inputs_backward(function: Callable[..., Array], inputs: tuple[Any, ...], grad: Array) -> Any:
+    return jax.vjp(function, *inputs)[1](grad)
+
+
+from_inputs.defvjp(_from_inputs_forward, _from_inputs_backward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mosaicjax.layers.context import Context
 from mosaicjax.layers.inits import InitRule
-from mosaicjax.layers.linear import linear
+from mosaicjax.layers.linear import from_inputs, linear
 from mosaicjax.layers.norm import spread
 from mosaicjax.layers.routing import RouterSums
 from mosaicjax.mesh import BATCH
@@ -32,11 +33,11 @@ class Activation(Enum):
         """Elementwise; GELU is exact (by erf), GELU_TANH its tanh approximation."""
         match self:
             case Activation.GELU:
-                return jax.nn.gelu(x, approximate=False)
+                return from_inputs(partial(jax.nn.gelu, approximate=False), x)
             case Activation.GELU_TANH:
-                return jax.nn.gelu(x, approximate=True)
+                return from_inputs(partial(jax.nn.gelu, approximate=True), x)
             case Activation.SILU:
-                return jax.nn.silu(x)
+                return from_inputs(jax.nn.silu, x)
             case Activation.RELU:
                 return jax.nn.relu(x)
             case Activation.SIGMOID:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mosaicjax.errors import InputError
+from mosaicjax.layers.linear import from_inputs
 from mosaicjax.spec import ONES, ZEROS, Dtypes, Param
 
 
@@ -50,6 +52,9 @@ class LayerNorm(Norm):
 
     def apply(self, weights: dict[str, Array], x: Array, dtypes: Dtypes) -> Array:
         """See `Norm.apply`."""
+        return from_inputs(partial(self._normalised, dtypes), weights, x)
+
+    def _normalised(self, dtypes: Dtypes, weights: dict[str, Array], x: Array) -> Array:
         inner = x.dtype if self.low_precision else jnp.dtype(dtypes.reduce)
         wide = x.astype(inner)
         last = last_dims(weights["scale"])
@@ -74,6 +79,9 @@ class RmsNorm(Norm):
 
     def apply(self, weights: dict[str, Array], x: Array, dtypes: Dtypes) -> Array:
         """See `Norm.apply`."""
+        return from_inputs(partial(self._normalised, dtypes), weights, x)
+
+    def _normalised(self, dtypes: Dtypes, weights: dict[str, Array], x: Array) -> Array:
         wide = x.astype(dtypes.reduce)
         mean_square = jnp.mean(jnp.square(wide), axis=last_dims(weights["scale"]), keepdims=True)
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * spread(weights["scale"], wide)).astype(x.dtype)
