@@ -188,7 +188,7 @@ def main() -> None:
     rows = torch.from_numpy(np.load(work / "rows.npy")).long()
     for step in range(shape["steps"]):
         began = time.perf_counter()
-        loss = run(rows[step, :, :-1], rows[step, :, 1:])
+        loss = run(rows[step, :, :-1].contiguous(), rows[step, :, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
