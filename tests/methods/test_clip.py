@@ -9,7 +9,7 @@ import pytest
 
 from mosaicjax.errors import InputError
 from mosaicjax.methods.clip import ClipGradients
-from mosaicjax.program import Method, Phase, Program
+from mosaicjax.program import Measured, Method, Phase, Program
 from mosaicjax.spec import Dtypes, Spec
 
 EMPTY = Spec({}, {})
@@ -29,6 +29,16 @@ def test_gradients_are_scaled_together(norm):
     share = min(1.0, norm / length)
     np.testing.assert_allclose(got["a"], grads["a"] * share, rtol=1e-6)
     np.testing.assert_allclose(got["b"]["c"], grads["b"]["c"] * share, rtol=1e-6)
+
+
+@pytest.mark.parametrize("same, length", [(True, 4.0), (False, 5.0)])
+def test_a_measured_norm_counts_for_the_very_gradients_it_is_of(same, length):
+    """The norm told is not the true one, 5, so that it shows which was taken."""
+    grads = {"a": jnp.array([3.0, 4.0])}
+    measured = Measured(grads if same else {"a": grads["a"]}, jnp.float32(4.0))
+    clip = ClipGradients(2.0)(PROGRAM).optimizer
+    got, _ = clip.update(grads, clip.init(grads), measured=measured)
+    np.testing.assert_allclose(got["a"], np.array([3.0, 4.0]) * 2 / length, rtol=1e-6)
 
 
 def test_no_gradient_stays_none():
