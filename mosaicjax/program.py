@@ -13,7 +13,7 @@ from jax import Array
 
 from mosaicjax.errors import InputError
 from mosaicjax.layers.context import Context
-from mosaicjax.losses import CrossEntropy, TokenLoss
+from mosaicjax.losses import CrossEntropy, TokenLoss, by_chunks
 from mosaicjax.mesh import Layout
 from mosaicjax.models.model import Model
 from mosaicjax.optim import Rate
@@ -159,19 +159,15 @@ class DecoderLoss:
         """The loss of all positions, `loss.chunk` of them at a time."""
         head = self.decoder.head(weights, context)
 
-        def some(hidden_BLD: Array, targets_BL: Array, weights_BL: Array) -> TokenLoss:
+        def some(head: Any, hidden_BLD: Array, targets_BL: Array, weights_BL: Array) -> TokenLoss:
             logits_BLV = self.decoder.logits(head, hidden_BLD, context)
             return self.loss.tokens(logits_BLV, targets_BL, weights_BL)
 
-        rows = (hidden_BLD, batch["targets"], batch["weights"])
+        rows = (batch["targets"], batch["weights"])
         if not self.loss.chunk:
-            return some(*rows)
-        cut = [jnp.moveaxis(x.reshape(x.shape[0], -1, self.loss.chunk, *x.shape[2:]), 1, 0) for x in rows]
-        parts = jax.lax.map(
-            jax.checkpoint(lambda part: _as_tuple(some(*part)), prevent_cse=False), tuple(cut)
-        )
-        return TokenLoss(*(jnp.sum(part) for part in parts))
+            return some(head, hidden_BLD, *rows)
 
+        def cut(x: Array) -> Array:
+            return jnp.moveaxis(x.reshape(x.shape[0], -1, self.loss.chunk, *x.shape[2:]), 1, 0)
 
-def _as_tuple(terms: TokenLoss) -> tuple[Array, Array, Array]:
-    return terms.objective, terms.nll, terms.square_lse
+        return by_chunks(some, head, cut(hidden_BLD), tuple(map(cut, rows)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -206,6 +206,7 @@ class Step:
                 trainable = optax.apply_updates(state.trainable, updates)
             trainable = kept_unless_fine(trainable, state.trainable)
             state, summed, trainable = jax.lax.optimization_barrier((state, summed, trainable))
+            summed = self.after(trainable, summed)
             _, optimizer = self.update(summed, state)
             optimizer = kept_unless_fine(optimizer, state.optimizer)
         if self.measure:
@@ -217,6 +218,18 @@ class Step:
         metrics |= {"fine": fine, "stop": jnp.max(signals.stop)}
         step, program_state = kept_unless_fine((state.step + 1, program_state), (state.step, state.program))
         return TrainState(step, trainable, optimizer, program_state), ~fine, metrics
+
+    def after(self, trainable: Any, grads: SummedGrads) -> SummedGrads:
+        """The gradients, to be had only once the new weights are there.
+
+        XLA for CPUs forgets barriers before it decides what may overwrite what: without an order that it can
+        see it copies all moments. On several devices the order would cost messages, and is left out.
+        """
+        if self.layout.mesh.size > 1:
+            return grads
+        there = [jnp.isfinite(leaf[(0,) * leaf.ndim]) for leaf in jax.tree.leaves(trainable)]
+        share = jnp.where(jnp.all(jnp.stack(there)), grads.share, 0.0)
+        return replace(grads, share=share)
 
     def update(self, grads: SummedGrads, state: TrainState) -> tuple[Any, Any]:
         """The optimizer's updates, and its new state."""

@@ -21,6 +21,7 @@ from mosaicjax.errors import Diverged, InputError
 from mosaicjax.evaluate.heldout import Evaluator, Loss
 from mosaicjax.feed import Feed
 from mosaicjax.hardware import cost_usd, mfu
+from mosaicjax.host_memory import Lent
 from mosaicjax.log import MetricsLog, Row, read_rows
 from mosaicjax.nonfinite import first_nonfinite
 from mosaicjax.plan.kept import planned
@@ -128,6 +129,7 @@ class Run:
         self.log.resume(resume_row(self.ready.cursor))
         if self.number >= recipe.steps and (row := self.logged("train")):
             self.last_loss = row["loss"]
+        temporaries = Lent(self.temporary_bytes())
         self._mark = time.perf_counter()
         while self.number < recipe.steps and self.said == GO:
             began = time.perf_counter()
@@ -135,17 +137,27 @@ class Run:
             self._waited += time.perf_counter() - began
             with self.traced(profile):
                 flag = CANNOT_READ if feed.failure else STOP if stop.asked else GO
-                self.state, self.halted, metrics = self.compiled(self.state, {}, batch, self.signals(flag))
+                signals = self.signals(flag)
+                with temporaries.lent():
+                    self.state, self.halted, metrics = self.compiled(self.state, {}, batch, signals)
                 self.flush()
                 self._pending = (self.number + 1, metrics, batch)
                 self.number += 1
+            if self.due(recipe.eval.every) or self.due(recipe.save.every):
+                temporaries.clear()
             if self.due(recipe.eval.every):
                 self.flush()
                 self.evaluate(recipe.eval.rows)
             if self.due(recipe.save.every):
                 self.save()
+        temporaries.clear()
         self.end_trace()
         self.flush()
+
+    def temporary_bytes(self) -> int:
+        """What XLA allocates in this thread for a step's temporaries: all of them, or none."""
+        here = jax.default_backend() == "cpu" and self.ready.step.layout.mesh.size == 1
+        return int(self.compiled.memory_analysis().temp_size_in_bytes) if here else 0
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps is due; the end of a run has its own."""

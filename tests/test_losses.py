@@ -1,5 +1,7 @@
 """Losses against numpy in float64."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,8 +72,10 @@ def test_huge_logits_stay_finite():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunked_equals_whole(packed):
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunked_equals_whole(packed, tied):
     decoder = mpt.Config(layers=1, embed=16, heads=2, mlp=16, vocab=40, logit_softcap=4.0).build()
+    decoder = replace(decoder, tied=tied, head_bias=not tied)
     weights = forward.random_weights(decoder)
     rng = np.random.default_rng(1)
     batch = {
@@ -88,7 +92,7 @@ def test_chunked_equals_whole(packed):
 
         def objective(weights):
             total, weight, sums, _ = loss(weights, {}, {}, batch, jax.random.key(0), forward.one_device())
-            return total, (weight, sums)
+            return 2.5 * total, (weight, sums)
 
         (total, (weight, sums)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(weights)
         return {"total": total, "weight": weight, **sums}, grads

@@ -231,6 +231,15 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(gather):
     assert not re.findall(r"f32\[3,(?:32,128|128,32|32,8,4|8,4,32)\]", text)
 
 
+def test_moments_and_weights_are_overwritten_where_they_lie():
+    # A copy of an argument of the step is a weight or a moment that something else still reads.
+    config = mpt.Config(layers=3, embed=32, heads=8, mlp=128, vocab=64)
+    step = Step(stepping.program(config.build(), Phase(4, 8, 8)), stepping.place(Mesh(fsdp=(1,)), 1), seed=0)
+    text = step.lower().compile().as_text()
+    assert re.findall(r"%state_optimizer\S*mu\S* = f32\[", text)
+    assert not re.findall(r"= f32\[\d\S* copy\(\S*%state_", text)
+
+
 def test_a_loss_that_is_not_finite_changes_nothing():
     decoder = SMALL.build()
     step = Step(stepping.program(decoder, Phase(8, 4, 4)), stepping.alone(), seed=0)

@@ -52,20 +52,17 @@ def per_token(decoder: Model, length: int) -> Flops:
     return Flops(3.0 * (2 * weights + causal), 3.0 * (2 * weights + full))
 
 
-def recomputed(decoder: Decoder, length: int, *, head_again: bool) -> Flops:
+def recomputed(decoder: Decoder, length: int) -> Flops:
     """What the backward pass does of the forward pass once more, a token of rows of `length`.
 
     That is what the remat policy does not keep, less the products at a turn's end that the residual stream
-    alone reads; the logits with `head_again` (a loss by chunks); and always attention's scores, which its
-    backward kernel makes anew.
+    alone reads; and always attention's scores, which its backward kernel makes anew. The logits never are.
     """
     dims, keeps = decoder.dims, decoder.remat
     products = causal = full = 0.0
     for name, param in decoder.spec().items():
         if name.startswith("stacks/") and _again(name, decoder):
             products += _products(param, dims) * _met(name, param, decoder)
-    if head_again:
-        products += dims["vocab"] * dims["embed"]
     forward_again = keeps not in (Remat.NONE, Remat.ATTENTION)
     for _, _, block, layers in decoder.blocks():
         per_product = 2 * dims["heads"] * dims["head_dim"]

@@ -80,7 +80,7 @@ def estimate(recipe: Recipe, topology: Topology, price: Price | None) -> Estimat
     step = described(recipe, topology.chips)
     tokens = recipe.batch * recipe.seq / topology.chips
     model = flops.per_token(decoder, recipe.seq)
-    again = flops.recomputed(decoder, recipe.seq, head_again=bool(recipe.loss.chunk))
+    again = flops.recomputed(decoder, recipe.seq)
     passes = list(attention_passes(decoder, recipe, topology))
     masked = sum(each.done - each.useful for each in passes)
     whole = (model.causal + again.causal + masked) * tokens

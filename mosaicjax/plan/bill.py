@@ -169,7 +169,7 @@ def work(decoder: Decoder, recipe: Recipe, topology: Topology, ops: Sequence[Op]
     """FLOPs of a step on one chip, by structure and as compiled."""
     tokens = recipe.batch * recipe.seq / topology.chips
     model = flops.per_token(decoder, recipe.seq)
-    again = flops.recomputed(decoder, recipe.seq, head_again=bool(recipe.loss.chunk))
+    again = flops.recomputed(decoder, recipe.seq)
     return Work(
         model=model.causal * tokens,
         model_full=model.full * tokens,

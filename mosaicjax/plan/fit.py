@@ -97,7 +97,7 @@ def policies(recipe: Recipe) -> list[Remat]:
         raise InputError("--fit chooses among remat policies; a module of one's own has none")
 
     def again(policy: Remat) -> float:
-        return flops.recomputed(replace(model, remat=policy), recipe.seq, head_again=False).causal
+        return flops.recomputed(replace(model, remat=policy), recipe.seq).causal
 
     return sorted(Remat, key=again)
 
