@@ -225,7 +225,7 @@ def _start(options: argparse.Namespace) -> None:
 
     if options.cpu_devices:
         jax.config.update("jax_num_cpu_devices", options.cpu_devices)
-    else:
+    if options.cpu_devices <= 1:
         # A CPU is no faster for steps that are sent ahead, and holds two steps' temporaries for it.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     from mosaicjax import processes

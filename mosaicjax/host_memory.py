@@ -26,6 +26,7 @@ SLACK_BYTES = 2**20
 """What a lent block is larger than asked for, in addresses: for what glibc cuts off and puts right behind."""
 
 SPARES, SPARE_BYTES = 2**10, 2**11
+"""Few are used: what is cut off stays in use until glibc's cache of such pieces, seven a size, is full."""
 
 ALIGNMENT, HEADER_BYTES = 64, 8
 """Of XLA's blocks; and what glibc writes before each of its own."""
@@ -62,7 +63,8 @@ class Lent:
     it they come from the system, as without it.
 
     What glibc cuts off an aligned block, some 100 bytes right behind it, may stay in use. The hole is then
-    too small by so much; a spare below it, of many that lie side by side, makes it whole.
+    too small by so much; a spare below it, of many that lie side by side, makes it whole. With the last spare
+    lending ends, and the pages are given back.
     """
 
     def __init__(self, size: int) -> None:
@@ -106,12 +108,15 @@ class Lent:
             self._held = self._again(libc)
 
     def _again(self, libc: ctypes.CDLL) -> int:
-        while True:
+        while self._spares:
             block: int = libc.malloc(self._size + PAGE_BYTES) or 0
-            if 0 <= block - self._spares[-1] < SLACK_BYTES or len(self._spares) == 1:
+            if 0 <= block - self._spares[-1] < SLACK_BYTES:
                 return block
             libc.free(block)
             libc.free(self._spares.pop())
+        self._libc = None
+        libc.malloc_trim(0)
+        return 0
 
     def clear(self) -> None:
         """Give its memory back until it is lent again; its addresses stay."""

@@ -223,7 +223,8 @@ class Step:
         """The gradients, to be had only once the new weights are there.
 
         XLA for CPUs forgets barriers before it decides what may overwrite what: without an order that it can
-        see it copies all moments. On several devices the order would cost messages, and is left out.
+        see it copies all moments. What it can see is that the gradients become zeros where a weight is not
+        finite: moments do not matter then. On several devices the order would cost messages, and is left out.
         """
         if self.layout.mesh.size > 1:
             return grads

@@ -71,8 +71,8 @@ def test_remat_keeps_less_and_does_more():
 def test_recomputation_by_hand():
     decoder = replace(MODEL, remat=Remat.FULL).build()
     again = flops.recomputed(decoder, 1_024)
-    # Of a layer all but the product down, whose result the stream alone reads; attention's two
-    # products forward and its scores in the backward pass.
+    # Of a layer all but the product down, whose result the stream alone reads; attention's two products
+    # forward and its scores in the backward pass.
     products = 4 * (4 * 1_024 * 1_024 + 1_024 * 4_096)
     assert again.causal == 2 * products + 4 * 3 * 2 * 1_024 * (1_024 + 1) / 2
     assert again.full == 2 * products + 4 * 3 * 2 * 1_024 * 1_024
