@@ -23,6 +23,7 @@ from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import fsdp
 from mosaicjax.methods.clip import ClipGradients
 from mosaicjax.models import mpt
+from mosaicjax.models.decoder import Remat
 from mosaicjax.optim import AdamW, Cosine
 from mosaicjax.recipe import Eval, Recipe, Save
 from mosaicjax.spec import Dtypes
@@ -36,6 +37,7 @@ recipe = Recipe(
         vocab=4_096,
         position=Alibi(max_bias=8),
         norm=LayerNorm(bias=False),
+        remat=Remat.PRODUCTS,  # single passes done again cost a CPU less than memory does
     ),
     data=TokenStore("build/quickstart/store"),
     seq=256,

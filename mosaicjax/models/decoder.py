@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mosaicjax.errors import InputError
-from mosaicjax.kernels.flash_attention import Implementation
+from mosaicjax.kernels.flash_attention import ATTENTION, Implementation
 from mosaicjax.kernels.grouped import PRODUCT
 from mosaicjax.layers.block import Block
 from mosaicjax.layers.context import KV, Context, RowOnly, dropout
@@ -30,16 +30,23 @@ from mosaicjax.spec import LAYER_KEY, ZEROS, Dims, Layers, Param, Spec, at_least
 class Remat(Enum):
     """What the backward pass keeps of a layer, and what it computes again.
 
-    NONE keeps all activations, FULL only each layer's input; DOTS keeps matrix products with weights, QKV and
-    ATTENTION the projections or attention's output alone, both named in the layers. No policy keeps gathered
-    weights: they are gathered again.
+    NONE keeps all activations, FULL only each layer's input; PRODUCTS keeps matrix products with weights and
+    attention's output, so that single passes over activations alone are done again, DOTS the products with
+    weights alone, QKV and ATTENTION the projections or attention's output, both named in the layers. No
+    policy keeps gathered weights: they are gathered again.
     """
 
     NONE = "none"
     FULL = "full"
+    PRODUCTS = "products"
     DOTS = "dots"
     QKV = "qkv"
     ATTENTION = "attention"
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether the backward pass need not run attention's forward kernel again."""
+        return self in (Remat.NONE, Remat.PRODUCTS, Remat.ATTENTION)
 
     def wrap(self, function: Any) -> Any:
         """The function under this policy."""
@@ -48,11 +55,16 @@ class Remat(Enum):
                 policy = _all_but_gathered
             case Remat.FULL:
                 return jax.checkpoint(function, prevent_cse=False)
+            case Remat.PRODUCTS:
+                policy = jax.checkpoint_policies.save_from_both_policies(_products, _of(ATTENTION))
             case Remat.DOTS:
                 policy = _products
             case Remat.QKV | Remat.ATTENTION:
-                policy = jax.checkpoint_policies.save_only_these_names(self.value)
+                policy = _of(self.value)
         return jax.checkpoint(function, prevent_cse=False, policy=policy)
+
+
+_of = jax.checkpoint_policies.save_only_these_names
 
 
 def _named(primitive: Any, params: dict[str, Any], name: str) -> bool:

@@ -58,12 +58,12 @@ def recomputed(decoder: Decoder, length: int) -> Flops:
     That is what the remat policy does not keep, less the products at a turn's end that the residual stream
     alone reads; and always attention's scores, which its backward kernel makes anew. The logits never are.
     """
-    dims, keeps = decoder.dims, decoder.remat
+    dims = decoder.dims
     products = causal = full = 0.0
     for name, param in decoder.spec().items():
         if name.startswith("stacks/") and _again(name, decoder):
             products += _products(param, dims) * _met(name, param, decoder)
-    forward_again = keeps not in (Remat.NONE, Remat.ATTENTION)
+    forward_again = not decoder.remat.keeps_attention
     for _, _, block, layers in decoder.blocks():
         per_product = 2 * dims["heads"] * dims["head_dim"]
         times = layers.count * per_product * (1 + 2 * forward_again)
@@ -74,7 +74,7 @@ def recomputed(decoder: Decoder, length: int) -> Flops:
 
 def _again(name: str, decoder: Decoder) -> bool:
     """Whether the product with a layer's weight is computed again."""
-    if decoder.remat in (Remat.NONE, Remat.DOTS):
+    if decoder.remat in (Remat.NONE, Remat.PRODUCTS, Remat.DOTS):
         return False
     _, s, b, _, *path = name.split("/")
     stack = decoder.stacks[int(s)]

@@ -130,6 +130,7 @@ def kept_bytes(decoder: Decoder, step: Step, chunk: int) -> float:
         projections, hidden = heads + 2 * keys, (len(block.mlp.inputs) + 1) * dims["mlp"]
         wide = {
             Remat.NONE: projections + heads + hidden,
+            Remat.PRODUCTS: projections + heads + len(block.mlp.inputs) * dims["mlp"],
             Remat.DOTS: projections + len(block.mlp.inputs) * dims["mlp"],
             Remat.QKV: projections,
             Remat.ATTENTION: heads,

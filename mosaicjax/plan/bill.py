@@ -11,7 +11,7 @@ from mosaicjax.hardware import Price, cost_usd, mfu, usd_per_million_tokens
 from mosaicjax.kernels import attention_tiles
 from mosaicjax.kernels.attention_blocks import Problem, visited_pairs
 from mosaicjax.models import flops
-from mosaicjax.models.decoder import Decoder, Remat
+from mosaicjax.models.decoder import Decoder
 from mosaicjax.plan import hlo
 from mosaicjax.plan.compiled import Compiled, compile_step
 from mosaicjax.plan.count import Op, operations, sent, total
@@ -200,7 +200,7 @@ class Pass:
 def attention_passes(decoder: Decoder, recipe: Recipe, topology: Topology) -> Iterator[Pass]:
     """Forward and backward kernel of each block, in all layers that it stands for."""
     length, width = recipe.seq, decoder.dims["heads"] * decoder.dims["head_dim"]
-    forwards = 2 if decoder.remat not in (Remat.NONE, Remat.ATTENTION) else 1
+    forwards = 1 if decoder.remat.keeps_attention else 2
     for _, _, block, layers in decoder.blocks():
         window = block.attention.window
         shape = _shape(recipe, topology, decoder.dims, window)

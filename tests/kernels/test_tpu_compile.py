@@ -201,7 +201,7 @@ def test_train_step_holds_our_kernels_on_each_devices_shard():
 def test_train_step_repeats_the_forward_kernel_only_where_its_result_was_not_kept():
     pytest.importorskip("libtpu", reason=NO_LIBTPU)
     # The backward kernel reads the forward's result and logsumexp: a policy that keeps neither runs it again.
-    forward = {"attention": 1, "full": 2, "qkv": 2}
+    forward = {"attention": 1, "products": 1, "full": 2, "qkv": 2}
     found, _ = ask("steps", [{"mesh": TENSOR, "remat": remat} for remat in forward])
     for (remat, times), got in zip(forward.items(), found, strict=True):
         assert counted(got) == step_calls(times, 4, 2), remat

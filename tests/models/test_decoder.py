@@ -161,7 +161,14 @@ def _energy(decoder, weights, tokens):
 # Of a layer's 8 products (query, key, value, out, up, down; scores and mixing), those computed again:
 # never the last one, whose result only the stream needs. Attention's backward pass makes the scores itself,
 # under any policy: where its result is kept, neither of its two products is made once more.
-PRODUCTS_AGAIN = {Remat.NONE: 0, Remat.FULL: 7, Remat.DOTS: 2, Remat.QKV: 4, Remat.ATTENTION: 5}
+PRODUCTS_AGAIN = {
+    Remat.NONE: 0,
+    Remat.FULL: 7,
+    Remat.PRODUCTS: 0,
+    Remat.DOTS: 2,
+    Remat.QKV: 4,
+    Remat.ATTENTION: 5,
+}
 
 
 @pytest.mark.parametrize(

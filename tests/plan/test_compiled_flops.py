@@ -54,6 +54,7 @@ CASES = {
         False,
         "mesh=Mesh(fsdp=(2,), tensor=2)",
     ),
+    "gptj, all products kept": (f"gptj.Config({SMALL}, mlp=1024, remat=Remat.PRODUCTS)", False, ""),
     "gptj, full remat": (f"gptj.Config({SMALL}, mlp=1024, remat=Remat.FULL)", False, ""),
     "mixtral by megablox, full remat": (
         f"mixtral.Config({SMALL}, mlp=512, kv_heads=2, experts=4,"
