@@ -1,8 +1,8 @@
 """What a token costs on the machine at hand: the same training by mosaicjax and by its peers, side by side.
 
     make quickstart peers                              # a token store, PyTorch and Transformers
-    python benchmarks/cost_per_token.py                # both sizes; about 40 minutes on 2 cores
-    python benchmarks/cost_per_token.py --sizes quickstart --maxtext-python /path/of/its/venv/bin/python
+    python benchmarks/cost_per_token.py --size 124M    # or quickstart; half an hour each on 2 cores
+    python benchmarks/cost_per_token.py --size quickstart --maxtext-python /path/of/its/venv/bin/python
 
 Equal work: one model (learned positions, biases, exact GELU, tied embeddings), the same first weights, the
 same rows of the store in the same order, AdamW after clipping, float32, as many threads as there are cores.
@@ -23,12 +23,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,58 +36,24 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine, spread  # noqa: E402 after the path, for a call as a script
+from benchmarks.training_processes import (  # noqa: E402
+    OURS,
+    RECIPE,
+    SIZES,
+    WARM,
+    Failed,
+    Measured,
+    Setting,
+    Size,
+    write_weights,
+)
 from mosaicjax.hardware import mfu, usd_per_million_tokens  # noqa: E402
 from mosaicjax.models import flops  # noqa: E402
-from mosaicjax.models.decoder import Decoder  # noqa: E402
-from mosaicjax.recipe import Recipe  # noqa: E402
 from mosaicjax.recipe_file import load  # noqa: E402
-from mosaicjax.run import open_data  # noqa: E402
 
-RESULT = Path(__file__).with_suffix(".json")
-PICTURE = Path(__file__).with_suffix(".png")
-RECIPE = "recipes/mpt_125m.py"
-WARM = 2
-OURS = "mosaicjax"
 MAXTEXT = "MaxText"
-LIMIT_SECONDS = 900
-LEARNING_RATE = 3e-4
-COMMON = (
-    "--data.path={store}",
-    "--dtypes.compute=float32",
-    "--model.remat=PRODUCTS",
-    f"--optimizer.lr.peak={LEARNING_RATE}",
-    "--optimizer.lr.warmup=0",
-    "--optimizer.lr.final=1.0",
-    "--steps=1000",
-    "--eval.every=0",
-    "--save.every=0",
-)
-SIZES = {
-    "124M": ("--seq=512", "--batch=2", "--microbatch=2"),
-    "quickstart": (
-        "--model.layers=4",
-        "--model.embed=256",
-        "--model.heads=4",
-        "--model.mlp=1024",
-        "--model.vocab=4096",
-        "--seq=256",
-        "--batch=8",
-        "--microbatch=8",
-    ),
-}
-STEPS = {"124M": 8, "quickstart": 60}
 # glibc's allocator asked to keep what is freed instead of giving it back and taking it anew each step.
 KEEPS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to run one peer: what its script is told, and environment variables."""
-
-    label: str
-    script: str
-    options: dict[str, Any]
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def pytorch(label: str, environment: dict[str, str] | None = None, **options: Any) -> Setting:
@@ -144,215 +108,32 @@ PEERS: dict[str, tuple[Setting, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One process: seconds of its steps, its losses, resident bytes at their end, and how soon it began."""
-
-    first_step_seconds: float
-    step_seconds: list[float]
-    losses: list[float]
-    peak_bytes: int
-    parameters: int
-
-    @property
-    def step(self) -> float:
-        """The median step once it is under way."""
-        return statistics.median(self.step_seconds[WARM:])
-
-
-class Failed(Exception):
-    """A process that ended before its last step; its message is the end of what it said."""
-
-
-class Size:
-    """One model and the rows that all are given, in a directory of their own."""
-
-    def __init__(self, name: str, store: str, steps: int, work: Path) -> None:
-        self.name, self.steps, self.work = name, steps or STEPS[name], work
-        self.overrides = [option.format(store=store) for option in COMMON] + list(SIZES[name])
-        self.recipe = load(str(ROOT / RECIPE), self.overrides).recipe
-        self.threads = os.cpu_count() or 1
-        self.shape = shape_of(self.recipe) | {
-            "steps": self.steps,
-            "threads": self.threads,
-            "lr": LEARNING_RATE,
-        }
-        (work / "shape.json").write_text(json.dumps(self.shape))
-        stream = open_data(self.recipe).stream
-        batches = [stream.rows(step, range(self.recipe.batch)) for step in range(self.steps)]
-        joined = [np.concatenate([b["tokens"], b["targets"][:, -1:]], axis=1) for b in batches]
-        np.save(work / "rows.npy", np.stack(joined))
-        subprocess.run([sys.executable, __file__, "--weights", str(work), *self.overrides], check=True)
-
-    @property
-    def tokens(self) -> int:
-        """Target tokens of a step."""
-        return self.recipe.batch * self.recipe.seq
-
-    def ours(self) -> Measured:
-        """`mosaicjax train`, stopped after as many steps as the others take."""
-        with tempfile.TemporaryDirectory(dir=self.work) as out:
-            run = Path(out) / "run"
-            command = [sys.executable, "-m", "mosaicjax.cli", "train", RECIPE, "--out", str(run)]
-            process = started([*command, *self.overrides], {}, Path(out))
-            try:
-                rows = list(self.followed(process, lambda: logged(run / "metrics.jsonl"), Path(out)))
-                peak = resident(process.pid)
-            finally:
-                process.kill()
-                process.wait()
-            count = sum(x.size for x in np.load(self.work / "weights.npz").values())
-        seconds = [row["time"]["step_seconds"] for row in rows]
-        first = rows[0]["time"]["elapsed_seconds"]
-        return Measured(first, seconds, [row["loss"] for row in rows], peak, count)
-
-    def peer(self, setting: Setting, python: str) -> Measured:
-        """A peer's script under a setting."""
-        script = str(ROOT / "benchmarks" / "peers" / setting.script)
-        with tempfile.TemporaryDirectory(dir=self.work) as out:
-            began = time.time()
-            command = [python, script, str(self.work), json.dumps(setting.options)]
-            process = started(command, setting.environment, Path(out))
-            first: list[float] = []
-
-            def read() -> list[dict[str, Any]]:
-                rows = [json.loads(x) for x in (Path(out) / "out").read_text().splitlines() if x[:1] == "{"]
-                if len(rows) > 1 and not first:
-                    first.append(time.time() - began)
-                return rows
-
-            try:
-                count, *rows = self.followed(process, read, Path(out), more=1)
-                peak = resident(process.pid)
-            finally:
-                process.kill()
-                process.wait()
-        losses, seconds = [row["loss"] for row in rows], [row["seconds"] for row in rows]
-        return Measured(first[0], seconds, losses, peak, count["parameters"])
-
-    def followed(
-        self,
-        process: subprocess.Popen[bytes],
-        read: Callable[[], list[dict[str, Any]]],
-        out: Path,
-        more: int = 0,
-    ) -> Iterator[dict[str, Any]]:
-        """The first rows that a process writes, once they are all there.
-
-        Raises:
-            Failed: it ended before, or took too long.
-        """
-        until = time.monotonic() + LIMIT_SECONDS
-        while len(rows := read()) < self.steps + more:
-            if process.poll() is not None or time.monotonic() > until:
-                if len(rows := read()) >= self.steps + more:
-                    break
-                said = (out / "errors").read_text(errors="replace").strip().splitlines()
-                raise Failed(f"ended after {len(rows)} rows: {said[-1] if said else 'nothing said'}")
-            time.sleep(0.02)
-        return iter(rows[: self.steps + more])
-
-
-def shape_of(recipe: Recipe) -> dict[str, int]:
-    """The sizes that a peer needs to build the same model."""
-    decoder = recipe.model.build()
-    assert isinstance(decoder, Decoder)
-    dims = decoder.dims
-    names = ("embed", "heads", "mlp", "vocab")
-    return {
-        **{name: dims[name] for name in names},
-        "layers": decoder.layers,
-        "positions": dims["position"],
-        "seq": recipe.seq,
-        "batch": recipe.batch,
-    }
-
-
-def started(command: list[str], environment: dict[str, str], out: Path) -> subprocess.Popen[bytes]:
-    """The process, writing to `out` and `errors` in a directory."""
-    threads = str(os.cpu_count() or 1)
-    settings = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT), **environment}
-    with (out / "out").open("wb") as said, (out / "errors").open("wb") as errors:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | settings, stdout=said, stderr=errors, stdin=subprocess.DEVNULL
-        )
-
-
-def logged(path: Path) -> list[dict[str, Any]]:
-    """Whole rows of training in a run's metrics so far."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row for row in rows if row["kind"] == "train"]
-
-
-def resident(pid: int) -> int:
-    """The largest resident set that a process had so far, in bytes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise Failed("no memory figure for the process")
-
-
-def write_weights(work: Path, overrides: list[str]) -> None:
-    """The weights that `mosaicjax train` begins with, under plain names: [layers, in, out] where stacked."""
-    import jax
-
-    from mosaicjax.step import Step
-
-    recipe = load(str(ROOT / RECIPE), overrides).recipe
-    step = Step(recipe.program()[1], recipe.mesh.build(jax.devices()), recipe.seed)
-    arrays = {name: np.asarray(leaf) for name, leaf in flat(step.init().trainable)}
-    embed = arrays["embed/tokens"].shape[1]
-    plain = {"tokens": arrays.pop("embed/tokens"), "positions": arrays.pop("embed/positions")}
-    for name, x in arrays.items():
-        if name.startswith("norm/"):
-            plain[name] = x
-            continue
-        block, part = name.split("/layer/")[1].split("/", 1)
-        if block in ("attention", "mlp"):
-            bias = part.endswith("_bias")
-            last = x.shape[-1] if part.startswith("up") else embed
-            plain[f"layers/{part}"] = x.reshape(len(x), last) if bias else x.reshape(len(x), -1, last)
-        else:
-            plain[f"layers/{block}/{part}"] = x
-    np.savez(work / "weights.npz", allow_pickle=False, **plain)
-
-
-def flat(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Leaves by their path's names, joined by slashes."""
-    import jax
-
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--size", choices=SIZES, default="quickstart")
     parser.add_argument("--store", default="build/quickstart/store")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="of each process (default: by size)")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--maxtext-python", default="", help="a Python that has MaxText; else it is not run")
-    parser.add_argument("--out", default=str(RESULT))
+    parser.add_argument("--out", type=Path, help="(default: cost_per_token.SIZE.json beside this script)")
     options = parser.parse_args()
-    results: dict[str, Any] = {
+    out = options.out or Path(__file__).with_suffix(f".{options.size}.json")
+    result: dict[str, Any] = {
         "script": "benchmarks/cost_per_token.py",
         # Paths of this machine stay out.
-        "arguments": [f"--{name}={getattr(options, name)}" for name in ("sizes", "rounds", "steps", "peers")],
+        "arguments": [f"--{name}={getattr(options, name)}" for name in ("size", "rounds", "steps", "peers")],
         "machine": machine(("jax", "flax", "optax", "torch", "transformers")),
     }
     print(f"load average {os.getloadavg()[0]:.2f}: it should be near 0")
-    for name in options.sizes.split(","):
-        with tempfile.TemporaryDirectory() as work:
-            size = Size(name, str(Path(options.store).resolve()), options.steps, Path(work))
-            results[name] = measured(size, options)
-        print(table(name, results[name]))
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
-    draw({name: results[name] for name in options.sizes.split(",")}, Path(options.out).with_suffix(".png"))
+    with tempfile.TemporaryDirectory() as work:
+        command = [sys.executable, __file__, "--weights"]
+        size = Size(options.size, str(Path(options.store).resolve()), options.steps, Path(work), command)
+        result[options.size] = measured(size, options)
+    print(table(options.size, result[options.size]))
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    draw(options.size, result[options.size], out.with_suffix(".png"))
 
 
 def measured(size: Size, options: argparse.Namespace) -> dict[str, Any]:
@@ -477,29 +258,26 @@ def table(name: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(name: str, found: dict[str, Any], path: Path) -> None:
     """Dollars a million tokens, a bar a peer, each round a dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(9, 3.2), dpi=120, layout="constrained")
+    drawn = Figure(figsize=(6, 3.2), dpi=120, layout="constrained")
     FigureCanvasAgg(drawn)
-    for axes, (name, size) in zip(
-        drawn.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
-        rows = size["results"]
-        hourly = size["price"]["usd_per_chip_hour"]
-        places = range(len(rows))
-        colors = ["#1f4e8c" if peer == OURS else "#9db3cf" for peer in rows]
-        axes.barh(places, [row["usd_per_million_tokens"] for row in rows.values()], color=colors)
-        for place, peer in zip(places, rows, strict=True):
-            for row in size["measured"]:
-                step = statistics.median(row[peer]["step_seconds"][WARM:])
-                axes.plot(step / size["tokens_per_step"] * 1e6 / 3600 * hourly, place, "k.", markersize=3)
-        axes.set_yticks(places, list(rows))
-        axes.invert_yaxis()
-        axes.set_xlabel(f"dollars a million tokens, at ${hourly:.2f} an hour")
-        axes.set_title(name, fontsize=10)
+    axes, rows = drawn.subplots(), found["results"]
+    hourly = found["price"]["usd_per_chip_hour"]
+    colors = ["#1f4e8c" if peer == OURS else "#9db3cf" for peer in rows]
+    places = range(len(rows))
+    axes.barh(places, [row["usd_per_million_tokens"] for row in rows.values()], color=colors)
+    for place, peer in zip(places, rows, strict=True):
+        for row in found["measured"]:
+            step = statistics.median(row[peer]["step_seconds"][WARM:])
+            axes.plot(step / found["tokens_per_step"] * 1e6 / 3600 * hourly, place, "k.", markersize=3)
+    axes.set_yticks(places, list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"dollars a million tokens, at ${hourly:.2f} an hour")
+    axes.set_title(name, fontsize=10)
     drawn.savefig(path, format="png")
 
 

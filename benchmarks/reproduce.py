@@ -1,7 +1,7 @@
 """Run a stored result again, from its own commit, and say whether it lies within the spread that it recorded.
 
-    python benchmarks/reproduce.py benchmarks/cost_per_token.json
-    python benchmarks/reproduce.py benchmarks/cost_per_token.json -- --sizes quickstart --peers PyTorch
+    python benchmarks/reproduce.py benchmarks/cost_per_token.124M.json
+    python benchmarks/reproduce.py benchmarks/cost_per_token.124M.json -- --rounds 1 --peers PyTorch
 
 A result names its script, the script's arguments and its commit. That commit is laid out beside this tree,
 its script is run with the packages of this environment, and each figure recorded as a median with a least and
