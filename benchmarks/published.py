@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine  # noqa: E402 after the path, for a call as a script
 from mosaicjax.data.stream import TokenStore  # noqa: E402
+from mosaicjax.losses import CrossEntropy  # noqa: E402
 from mosaicjax.mesh import REST, Mesh  # noqa: E402
 from mosaicjax.models import llama  # noqa: E402
 from mosaicjax.models.decoder import Remat  # noqa: E402
@@ -32,13 +33,17 @@ from mosaicjax.plan.bill import Bill, bill  # noqa: E402
 from mosaicjax.plan.kept import cache_dir  # noqa: E402
 from mosaicjax.plan.topology import Topology  # noqa: E402
 from mosaicjax.recipe import Recipe  # noqa: E402
+from mosaicjax.recipe_file import load  # noqa: E402
 
 RESULT = Path(__file__).with_suffix(".json")
 PACKAGES = ("jax", "jaxlib", "libtpu")
 V5E = "MaxText, configs/tpu/v5e/README.md and {}.sh @e591f30cb"
 V5P = "MaxText, configs/tpu/v5p/README.md and {}.sh @e591f30cb"
 
-UNSPLIT = "its {} tensor shards are one here: ours do not split the residual stream, and would not fit"
+TRILLIUM = "tpu-recipes, training/trillium/Llama3.1-8B-MaxText/{}/README.md @a9e09290"
+HELD = (
+    "a layer's input, q, k, v and attention's output wait in host memory, ours on the chip; logits by chunks"
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,13 @@ def scaled(parameters: int) -> llama.Config:
 
 
 def rebuilt(
-    model: llama.Config, rows: int, chips: int, remat: Remat, seq: int = 2_048, tensor: int = 1
+    model: llama.Config,
+    rows: int,
+    chips: int,
+    remat: Remat,
+    seq: int = 2_048,
+    tensor: int = 1,
+    chunk: int = 0,
 ) -> Recipe:
     """A recipe with so many rows a chip."""
     return Recipe(
@@ -87,12 +98,16 @@ def rebuilt(
         batch=rows * chips,
         steps=1_000,
         optimizer=AdamW(),
+        loss=CrossEntropy(chunk=chunk),
         mesh=Mesh(fsdp=(REST,), tensor=tensor),
     )
 
 
 LLAMA2_70B = llama.Config(
     layers=80, embed=8_192, heads=64, kv_heads=8, head_dim=128, mlp=28_672, vocab=32_000
+)
+LLAMA31_8B = llama.Config(
+    layers=32, embed=4_096, heads=32, kv_heads=8, head_dim=128, mlp=14_336, vocab=128_256
 )
 
 RUNS = [
@@ -110,24 +125,21 @@ RUNS = [
         "v5p:4x4x4",
         0.7147,
         V5P.format("32b"),
-        lambda: rebuilt(scaled(32), 6, 64, Remat.DOTS),
-        note=UNSPLIT.format(4),
+        lambda: rebuilt(scaled(32), 6, 64, Remat.DOTS, tensor=4),
     ),
     Published(
         "v5p 64B",
         "v5p:4x4x4",
         0.7031,
         V5P.format("64b"),
-        lambda: rebuilt(scaled(64), 3, 64, Remat.DOTS),
-        note=UNSPLIT.format(4),
+        lambda: rebuilt(scaled(64), 3, 64, Remat.DOTS, tensor=4),
     ),
     Published(
         "v5p 128B",
         "v5p:4x4x8",
         0.6868,
         V5P.format("128b"),
-        lambda: rebuilt(scaled(128), 1, 128, Remat.DOTS),
-        note=UNSPLIT.format(8),
+        lambda: rebuilt(scaled(128), 1, 128, Remat.DOTS, tensor=8),
     ),
     Published(
         "v5p Llama-2-70B",
@@ -137,7 +149,85 @@ RUNS = [
         lambda: rebuilt(LLAMA2_70B, 4, 64, Remat.QKV, seq=4_096),
         note="its remat policy also keeps attention's projection out, and what the MLP projects down",
     ),
+    Published(
+        "v6e Llama-3.1-8B",
+        "v6e:16x16",
+        417.397 / 918,
+        TRILLIUM.format("v6e-256"),
+        lambda: rebuilt(LLAMA31_8B, 4, 256, Remat.QKV, seq=8_192, chunk=1_024),
+        note=HELD,
+    ),
+    Published(
+        "v6e-8 Llama-3.1-8B",
+        "v6e:2x4",
+        413.433 / 918,
+        TRILLIUM.format("v6e-8"),
+        lambda: rebuilt(LLAMA31_8B, 3, 8, Remat.QKV, seq=8_192, chunk=1_024),
+        note=HELD,
+    ),
 ]
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A recipe of ours whose run has a published cost, planned for chips of today.
+
+    Units: `usd` dollars a million tokens.
+    """
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    usd: float
+    source: str
+
+
+# The batch is the next that divides over 256 chips.
+SLICE = ("--batch=1792", "--steps=272479")
+CHIPS = ("v5e:16x16", "v6e:16x16", "v5p:4x4x8")
+BILLS = [
+    Priced(
+        "MPT-7B",
+        "recipes/mpt_7b.py",
+        (*SLICE, "--microbatch=0"),
+        0.20,
+        "mosaicml.com/blog/mpt-7b: $200,000 for 1T tokens, 440 A100-40GB for 9.5 days",
+    ),
+    Priced(
+        "MPT-30B",
+        "recipes/mpt_30b.py",
+        (*SLICE, "--microbatch=256"),
+        0.869,
+        "not published; llm-foundry's 281,491 tokens a second on 128 H100 at the list price in hardware.py",
+    ),
+]
+
+
+def priced(each: Priced, topology: str) -> dict[str, Any]:
+    """What a recipe's tokens cost on a topology, as planned, beside what they did."""
+    recipe = load(str(ROOT / each.recipe), each.overrides).recipe
+    found = bill(recipe, Topology.read(topology), price=None, cache=cache_dir())
+    base = {
+        "name": each.name,
+        "recipe": each.recipe,
+        "overrides": list(each.overrides),
+        "topology": topology,
+        "published_usd_per_million_tokens": each.usd,
+        "source": each.source,
+        "fits": found.compiled.fits,
+        "needed_gib": found.compiled.needed / 2**30,
+    }
+    if not found.compiled.fits:
+        return base
+    assert found.price and found.work
+    return base | {
+        "usd_per_million_tokens": found.usd_per_million_tokens,
+        "usd_per_chip_hour": found.price.usd_per_chip_hour,
+        "price_source": found.price.source,
+        "mfu_causal": found.utilization(found.work.model),
+        "mfu_full": found.utilization(found.work.model_full),
+        "days": found.run_seconds / 86_400,
+    }
 
 
 def row(run: Published, found: Bill) -> dict[str, Any]:
@@ -185,19 +275,38 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="runs with this in their names")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    rows = []
+    rows, bills = [], []
+    for each in BILLS:
+        for topology in CHIPS:
+            name = f"{each.name} on {topology}"
+            if options.only and not any(part in name for part in options.only):
+                continue
+            bills.append(priced(each, topology))
+            print(f"{name}: {bill_line(bills[-1])}", flush=True)
     for run in RUNS:
         if options.only and not any(part in run.name for part in options.only):
             continue
         found = bill(run.recipe(), Topology.read(run.topology), price=None, cache=cache_dir())
         rows.append(row(run, found))
         print(line(rows[-1]), flush=True)
+    content: dict[str, Any] = {"machine": machine(PACKAGES), "bills": bills, "runs": rows}
     errors = [abs(each["error"]) for each in rows if "error" in each]
-    summary = {"runs": len(errors), "mean_error": statistics.mean(errors), "worst_error": max(errors)}
-    mean, worst = summary["mean_error"], summary["worst_error"]
-    print(f"{len(errors)} runs: mean absolute error {mean:.1%}, worst {worst:.1%}")
-    content = {"machine": machine(PACKAGES), "summary": summary, "runs": rows}
+    if errors:
+        mean, worst = statistics.mean(errors), max(errors)
+        print(f"{len(errors)} runs: mean absolute error {mean:.1%}, worst {worst:.1%}")
+        content["summary"] = {"runs": len(errors), "mean_error": mean, "worst_error": worst}
     options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def bill_line(each: dict[str, Any]) -> str:
+    """For the terminal."""
+    if not each["fits"]:
+        return f"{each['needed_gib']:.2f} GiB a chip, too many"
+    return (
+        f"${each['usd_per_million_tokens']:.3f} a million tokens beside"
+        f" ${each['published_usd_per_million_tokens']:.3f}; MFU {each['mfu_causal']:.1%} causal,"
+        f" {each['mfu_full']:.1%} full; {each['days']:.1f} days, {each['needed_gib']:.2f} GiB a chip"
+    )
 
 
 def line(row: dict[str, Any]) -> str:

@@ -24,6 +24,9 @@ REST = -1
 GATHERED = "gathered"
 """What a remat policy may call the weights that `gather` made whole."""
 
+LENGTH = "length"
+"""The logical axis of a row's tokens, where each is worked on alone: sharded over tensor shards."""
+
 BATCH = "batch"
 """The logical axis of rows: sharded over every axis that holds other data."""
 
@@ -36,6 +39,7 @@ WEIGHT_RULES: Rules = {
     "mlp": "tensor",
     "vocab": "tensor",
     "head_dim": "none",
+    "length": "tensor",
     "position": "none",
     "experts": "none",
     "layers": "none",
@@ -50,7 +54,8 @@ class Mesh:
     """How devices are laid out, as a recipe says it.
 
     `data` copies the model; `fsdp` shards weights and optimizer state and also splits the batch (several
-    numbers lay it over several mesh axes, to follow a torus); `tensor` splits heads, MLP and vocabulary.
+    numbers lay it over several mesh axes, to follow a torus); `tensor` splits heads, MLP and vocabulary, and
+    the residual stream along its rows where their length divides (`rules={"length": "none"}`: it does not).
     One of them may be `REST`. `gather` says who makes a sharded weight whole: the `compiler`, from a
     sharding constraint, or an `explicit` all-gather forward and reduce-scatter backward, whose `sums` go
     over the links in the reduce dtype or, in half the bytes, in the compute dtype (which the compiler

@@ -207,12 +207,14 @@ def collectives(step, folder):
 )
 def test_what_moves_between_devices(gather, sums, tmp_path):
     # On fsdp 2 x tensor 2: weights whole along embed and half along heads, mlp and vocab, cast before they
-    # move; their gradients summed in float32, or in bfloat16 where that is asked for.
+    # move; their gradients summed in float32, or in bfloat16 where that is asked for. Of activations the
+    # residual stream's rows, normed and cast, where heads and mlp read them.
     made = stepping.program(SMALL.build(), Phase(8, 8, 8), dtypes=Dtypes(compute="bfloat16"))
     mesh = Mesh(data=2, fsdp=(2,), tensor=2, gather=gather, sums=sums)
     moved = collectives(Step(made, stepping.place(mesh, 8), seed=0), tmp_path)
     norm, query, out, up, down, table = "[16]", "[16,1,8]", "[1,8,16]", "[16,16]", "[16,16]", "[32,16]"
-    assert moved["all-gather"] == {f"bf16{shape}" for shape in (norm, query, out, up, down, table)}
+    rows = "[2,8,16]"
+    assert moved["all-gather"] == {f"bf16{shape}" for shape in (norm, query, out, up, down, table, rows)}
     assert moved["all-to-all"] == moved["collective-permute"] == set()
     if gather == "explicit":
         halves = ("[8]", "[8,1,8]", "[1,8,8]", "[8,16]", "[16,8]", "[32,8]")

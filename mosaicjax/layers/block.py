@@ -51,11 +51,11 @@ class Block:
         Shapes: x and the result [B, L, D]; weights are whole and in the compute dtype.
         """
         with jax.named_scope("attention"):
-            normed = self.norm.apply(weights["attention_norm"], x_BLD, context.dtypes)
+            normed = context.whole(self.norm.apply(weights["attention_norm"], x_BLD, context.dtypes))
             mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
         x_BLD = context.constrain(x_BLD + dropout(mixed, self.dropout, context, place=0))
         with jax.named_scope("mlp"):
-            normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
+            normed = context.whole(self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes))
             worked, routed = self.mlp.routed(weights["mlp"], normed, context)
         return context.constrain(x_BLD + dropout(worked, self.dropout, context, place=1)), kv, routed
 
@@ -90,11 +90,11 @@ class ParallelBlock(Block):
         """See `Block.apply`."""
         first = "norm" if self.shared_norm else "attention_norm"
         with jax.named_scope("attention"):
-            normed = self.norm.apply(weights[first], x_BLD, context.dtypes)
+            normed = context.whole(self.norm.apply(weights[first], x_BLD, context.dtypes))
             mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
         with jax.named_scope("mlp"):
             if not self.shared_norm:
-                normed = self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes)
+                normed = context.whole(self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes))
             worked, routed = self.mlp.routed(weights["mlp"], normed, context)
         added = dropout(mixed, self.dropout, context, place=0) + dropout(
             worked, self.dropout, context, place=1

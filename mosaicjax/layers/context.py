@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mosaicjax.mesh import BATCH, Layout
+from mosaicjax.mesh import BATCH, LENGTH, Layout
 from mosaicjax.spec import Dtypes
 
 
@@ -60,8 +60,19 @@ class Context:
         return jnp.max(jnp.where(same_BTL, self.positions_BL[:, None, :], 0), axis=2) + 1
 
     def constrain(self, x_BLD: Array) -> Array:
-        """Keep the residual stream split by rows."""
-        return self.layout.constrain(x_BLD, BATCH, *(None,) * (x_BLD.ndim - 1))
+        """Keep the residual stream split by rows, and those by tensor shards where they divide evenly.
+
+        What tensor shards sum is then scattered instead of copied to all, norms are computed once, and a
+        layer's input takes less memory where it is kept.
+
+        Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2.
+        """
+        length = LENGTH if x_BLD.shape[1] % self.layout.mesh.shape["tensor"] == 0 else None
+        return self.layout.constrain(x_BLD, BATCH, length, None)
+
+    def whole(self, x_BLD: Array) -> Array:
+        """What `constrain` split, as it is (in its dtype, and no sooner), whole along its rows."""
+        return self.layout.constrain(self.constrain(x_BLD), BATCH, None, None)
 
 
 def dropout(x_BLD: Array, rate: float, context: Context, place: int) -> Array:

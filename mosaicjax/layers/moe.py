@@ -106,10 +106,10 @@ class Moe(Mlp):
             logits_BLE = jnp.einsum(
                 "BLD,DE->BLE", x_BLD.astype(router_DE.dtype), router_DE, precision=jax.lax.Precision.HIGHEST
             )
-            logits_BLE = context.constrain(logits_BLE)
+            logits_BLE = context.layout.constrain(logits_BLE, BATCH, None, None)
             shares_BLE = jax.nn.softmax(logits_BLE, axis=-1)
         with jax.named_scope("experts"):
-            out_BLD, part_BLK, expert_BLK = self._on_shards(weights, x_BLD, shares_BLE, context.layout)
+            out_BLD, part_BLK, expert_BLK = self._on_shards(weights, x_BLD, shares_BLE, context)
         numbers_E = jnp.arange(shares_BLE.shape[-1], dtype=jnp.int32)
         taken_BLKE = expert_BLK[..., None] == numbers_E[None, None, None]
         if self.bias:
@@ -119,9 +119,10 @@ class Moe(Mlp):
         return out_BLD, router_sums(logits_BLE, shares_BLE, jnp.any(taken_BLKE, axis=2), context)
 
     def _on_shards(
-        self, weights: dict[str, Any], x_BLD: Array, shares_BLE: Array, layout: Layout
+        self, weights: dict[str, Any], x_BLD: Array, shares_BLE: Array, context: Context
     ) -> tuple[Array, Array, Array]:
         """`_experts` by each batch shard on its tokens, and each tensor shard on its part of the mlp dim."""
+        layout = context.layout
         names = [*self.inputs, "down", *(f"{name}_bias" for name in self.inputs if self.bias)]
         mine = {name: weights[name] for name in names}
         if layout.mesh.size == 1 and not layout.manual:
@@ -151,7 +152,7 @@ class Moe(Mlp):
         )
         parts_SBLD, part_BLK, expert_BLK = run(mine, x_BLD, shares_BLE)
         out_BLD = parts_SBLD[0] if parts_SBLD.shape[0] == 1 else jnp.sum(parts_SBLD, axis=0)
-        return layout.constrain(out_BLD, BATCH, None, None), part_BLK, expert_BLK
+        return context.constrain(out_BLD), part_BLK, expert_BLK
 
     def _experts(self, mine: dict[str, Any], x_BLD: Array, shares_BLE: Array) -> tuple[Array, Array, Array]:
         """What the experts give for these tokens, and which experts have which part of it, [B, L, K]."""

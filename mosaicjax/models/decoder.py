@@ -242,7 +242,10 @@ class Decoder:
         # Its transpose keeps the scatter of gradients whole along embed; else the compiler would split that
         # dim first, and for it copy the residual stream's gradient to every device.
         tokens_VD = context.layout.constrain(table["tokens"], "vocab", None)
-        x_BLD = jnp.take(tokens_VD, tokens_BL, axis=0, mode="clip")
+        # Whole rows first: else the compiler would gather the table.
+        x_BLD = context.layout.constrain(
+            jnp.take(tokens_VD, tokens_BL, axis=0, mode="clip"), BATCH, None, None
+        )
         x_BLD = self.position.embed(table, x_BLD, context.positions_BL)
         if self.embedding_fraction != 1.0:
             share = self.embedding_fraction
@@ -286,7 +289,8 @@ class Decoder:
             done, first = done + len(stack.block), first + stack.layers
             rms.append(measured)
         norm = gather_tree(weights["norm"], tree["norm"], context.layout, context.dtypes)
-        x_BLD = self.norm.apply(norm, x_BLD, context.dtypes)
+        # Whole rows again: a loss may take them by chunks.
+        x_BLD = context.whole(self.norm.apply(norm, x_BLD, context.dtypes))
         return Output(
             x_BLD, tuple(kept), embed_rms, jnp.concatenate(rms) if measure else None, joined(routed)
         )

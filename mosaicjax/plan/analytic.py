@@ -14,6 +14,7 @@ import jax
 
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, cost_usd, mfu, usd_per_million_tokens
+from mosaicjax.mesh import LENGTH
 from mosaicjax.models import flops
 from mosaicjax.models.decoder import Decoder, Remat
 from mosaicjax.plan.bill import attention_passes, price_of
@@ -124,6 +125,7 @@ def kept_bytes(decoder: Decoder, step: Step, chunk: int) -> float:
     size = jax.numpy.dtype(dtypes.compute).itemsize
     rows = phase.microbatch / step.layout.batch_shards * phase.seq
     tensor = step.layout.mesh.shape["tensor"]
+    split = tensor if phase.seq % tensor == 0 and step.layout.dim(LENGTH) else 1
     heads, keys = (dims[name] * dims["head_dim"] for name in ("heads", "kv_heads"))
     kept = 0.0
     for _, _, block, layers in decoder.blocks():
@@ -137,7 +139,7 @@ def kept_bytes(decoder: Decoder, step: Step, chunk: int) -> float:
             Remat.FULL: 0,
         }[decoder.remat]
         # Without remat norms keep the stream in float32, some five times a layer.
-        stream = dims["embed"] * (5 * 4 / size if decoder.remat is Remat.NONE else 1)
+        stream = dims["embed"] / split * (5 * 4 / size if decoder.remat is Remat.NONE else 1)
         kept += layers.count * rows * size * (stream + wide / tensor)
     logits = rows * (chunk or phase.seq) / phase.seq * dims["vocab"] / tensor * 2 * 4
     layer = step.program.trainable.count() / max(decoder.layers, 1) * size * 2
