@@ -17,6 +17,8 @@ BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "s2": 2, "u2": 2, "s4": 
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"\}(, execution_thread=\"[^\"]*\")?\s*$")
+"""A computation's last line, where another core of the chip runs it (a v6e's SparseCore) with its name."""
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=")
 _DECODER = json.JSONDecoder()
@@ -241,7 +243,7 @@ def _whole_lines(text: str) -> Iterator[str]:
     """Lines of a program; those that a kernel's metadata breaks are put together again."""
     held = ""
     for line in text.splitlines():
-        begins = line.startswith(("  %", "  ROOT ")) or line.rstrip() == "}" or not held.startswith("  ")
+        begins = line.startswith(("  %", "  ROOT ")) or _END.match(line) or not held.startswith("  ")
         if begins:
             if held:
                 yield held
@@ -264,7 +266,7 @@ def read(text: str) -> Module:
         if line.startswith(" ") and name:
             each = _instruction(line)
             instructions[each.name] = each
-        elif line == "}" and name:
+        elif _END.match(line) and name:
             computations[name] = Computation(name, instructions)
             name = ""
         elif (header := _HEADER.match(line)) and " -> " in line:

@@ -55,6 +55,11 @@ def test_lines_that_a_kernels_metadata_breaks_are_one():
     assert by_name(PROGRAM.replace(line, broken)) == whole
 
 
+def test_computations_of_another_core_of_the_chip_end_with_its_name():
+    named = PROGRAM.replace("\n}\n", '\n}, execution_thread="sparsecore"\n')
+    assert named.count("sparsecore") > 2 and by_name(named) == by_name(PROGRAM)
+
+
 def test_collectives_of_a_program_by_hand():
     ops = by_name(PROGRAM)
     (gather,), (reduced,) = ops["start"].collectives, ops["reduced"].collectives
