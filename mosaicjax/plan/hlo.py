@@ -22,6 +22,8 @@ _END = re.compile(r"\}(, execution_thread=\"[^\"]*\")?\s*$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=")
 _DECODER = json.JSONDecoder()
+_PASSES = ("copy", "bitcast", "convert", "copy-done", "copy-start")
+_Sum = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,10 @@ class Module:
             root = inner.root
         else:
             counter, bound = condition.operands(root)
-        first = self._start(counter, loop, within)
-        if root.opcode != "compare" or bound.opcode != "constant" or first is None:
+        first, stride = self._start(counter, loop, within), self._stride(counter, loop)
+        if root.opcode != "compare" or bound.opcode != "constant" or first is None or stride < 1:
             raise InputError(f"the loop {loop.name} in the compiled program has no known number of turns")
-        return int(bound.literal) - first + ("direction=LE" in root.rest)
+        return -(-(int(bound.literal) - first + ("direction=LE" in root.rest)) // stride)
 
     def _start(self, counter: Instruction, loop: Instruction, within: Computation) -> int | None:
         """What a loop's counter is before its first turn."""
@@ -234,9 +236,52 @@ class Module:
         if tuple_.opcode != "tuple":
             return None
         first = within.instructions[tuple_.operands[counter.number("index", 0)]]
-        while first.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+        while first.opcode in _PASSES:
             first = within.instructions[first.operands[0]]
         return int(first.literal) if first.opcode == "constant" else None
+
+    def _stride(self, counter: Instruction, loop: Instruction) -> int:
+        """What a turn adds to a loop's counter; 0 where that is not known."""
+        if counter.opcode != "get-tuple-element":
+            return 0
+        index, body = counter.number("index", 0), self.computations[loop.names("body")]
+        state = body.parameters[0].name
+
+        def sum_of(within: Computation, each: Instruction, given: Mapping[str, _Sum]) -> _Sum:
+            """An instruction as so many times the counter and a number; `given` are its body's arguments."""
+            if each.opcode == "constant":
+                return (0, int(each.literal)) if re.fullmatch(r"-?\d+", each.literal) else None
+            if each.opcode == "parameter":
+                return given.get(each.name)
+            if each.opcode == "get-tuple-element":
+                source = within.instructions[each.operands[0]]
+                if within is body and source.name == state:
+                    return (1, 0) if each.number("index", 0) == index else None
+                return inside(within, source, given, each.number("index", 0))
+            if each.opcode == "fusion":
+                return inside(within, each, given, None)
+            if each.opcode not in (*_PASSES, "add"):
+                return None
+            parts = [sum_of(within, source, given) for source in within.operands(each)]
+            known = [part for part in parts if part is not None]
+            return (sum(n for n, _ in known), sum(c for _, c in known)) if len(known) == len(parts) else None
+
+        def inside(
+            within: Computation, call: Instruction, given: Mapping[str, _Sum], which: int | None
+        ) -> _Sum:
+            if call.opcode != "fusion":
+                return None
+            inner = self.computations[call.called[0]]
+            arguments = {
+                # Arrays among them are no part of a counter.
+                p.name: sum_of(within, source, given) if isinstance(source.shape, Leaf) else None
+                for p, source in zip(inner.parameters, within.operands(call), strict=True)
+            }
+            root = inner.root if which is None else inner.instructions[inner.root.operands[which]]
+            return sum_of(inner, root, arguments)
+
+        times, added = sum_of(body, body.instructions[body.root.operands[index]], {}) or (0, 0)
+        return added if times == 1 else 0
 
 
 def _whole_lines(text: str) -> Iterator[str]:

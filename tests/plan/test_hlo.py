@@ -113,6 +113,34 @@ def test_memory_is_counted_in_whole_tiles():
     assert size("f8e4m3fn[100]{0}") == 100 and size("s4[100]{0}") == 50
 
 
+FUSED = """
+%fused (f: s32[]) -> s32[] {
+  %f = s32[]{:T(128)} parameter(0)
+  %more = s32[]{:T(128)} constant(STEP)
+  %half = s32[]{:T(128)} add(%f, %more)
+  ROOT %all = s32[]{:T(128)} add(%more, %half)
+}
+
+%body ("""
+
+
+@pytest.mark.parametrize(("step", "turns"), [(1, 4), (2, 2), (3, 2), (4, 1), (9, 1)])
+def test_turns_of_a_loop_that_counts_by_more_than_one(step, turns):
+    # So do collective matmuls: XLA unrolls their loops in pairs of chunks.
+    text = PROGRAM.replace("%one = s32[]{:T(128)} constant(1)", f"%one = s32[]{{:T(128)}} constant({step})")
+    assert by_name(text)["going"].times == turns
+    # The sum may stand in a fusion, and be made of several.
+    fused = PROGRAM.replace("\n%body (", FUSED.replace("STEP", str(step)), 1)
+    fused = fused.replace("add(%i, %one)", "fusion(%i), kind=kLoop, calls=%fused")
+    assert by_name(fused)["going"].times == -(-4 // (2 * step))
+
+
+@pytest.mark.parametrize("made", ["add(%i, %i)", "multiply(%i, %one)", "add(%one, %one)"])
+def test_a_loop_that_counts_otherwise_is_refused(made):
+    with pytest.raises(InputError, match="the loop loop in the compiled program has no known number"):
+        by_name(PROGRAM.replace("add(%i, %one)", made))
+
+
 def test_a_loop_without_a_known_end_is_refused():
     text = PROGRAM.replace("compare(%j, %bound)", "compare(%j, %j)")
     with pytest.raises(
