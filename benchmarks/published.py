@@ -157,14 +157,6 @@ RUNS = [
         lambda: rebuilt(LLAMA31_8B, 4, 256, Remat.QKV, seq=8_192, chunk=1_024),
         note=HELD,
     ),
-    Published(
-        "v6e-8 Llama-3.1-8B",
-        "v6e:2x4",
-        413.433 / 918,
-        TRILLIUM.format("v6e-8"),
-        lambda: rebuilt(LLAMA31_8B, 3, 8, Remat.QKV, seq=8_192, chunk=1_024),
-        note=HELD,
-    ),
 ]
 
 
