@@ -94,10 +94,12 @@ quickstart: $(INSTALLED)
 check-quickstart: $(INSTALLED)
 	$(PY) tests/check_quickstart.py $(RUN)
 
+# What is locked stays as it is, so that a new dependency moves nothing else; UPGRADE=1 takes the newest of all.
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock/venv
-	build/lock/venv/bin/python -m pip install --quiet --editable '.[dev]'
+	build/lock/venv/bin/python -m pip install --quiet --editable '.[dev]' \
+		$(if $(UPGRADE),,$(if $(wildcard $(LOCK)),--constraint $(LOCK)))
 	printf '# Core and dev dependencies on Python %s: written by `make lock`, never by hand.\n' \
 		"$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')" > build/lock/lock.txt
 	build/lock/venv/bin/python -m pip freeze --exclude-editable | LC_ALL=C sort -f >> build/lock/lock.txt

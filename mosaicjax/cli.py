@@ -165,14 +165,19 @@ def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
     build = _command(steps, "build", _data_build, "turn documents into a token store")
     tokenizer = _command(steps, "train-tokenizer", _data_tokenizer, "learn a byte-level BPE from documents")
     for command in (build, tokenizer):
-        command.add_argument("sources", nargs="+", help="folders, .txt, .jsonl[.gz|.xz]")
+        command.add_argument(
+            "sources",
+            nargs="+",
+            help="folders, text, .jsonl[.gz|.xz|.zst], .parquet, Delta tables (TABLE@v7), MDS, hf:NAME;"
+            " here or on s3:// or gs://",
+        )
         command.add_argument("--out", required=True)
         command.add_argument(
             "--held-out", type=float, default=0.01, help="share of documents kept for evaluation"
         )
         command.add_argument("--include", action="append", default=[], metavar="GLOB")
         command.add_argument("--exclude", action="append", default=[], metavar="GLOB")
-        command.add_argument("--field", default="text", help="the text's key in .jsonl rows")
+        command.add_argument("--field", default="text", help="the text's key in .jsonl rows, or its column")
     build.add_argument("--tokenizer", required=True, help="tokenizer.json, tokenizer.model, or their folder")
     build.add_argument("--seed", type=int, default=0, help="of the documents' order")
     build.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")

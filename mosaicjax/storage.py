@@ -161,6 +161,19 @@ def list_dir(path: PathLike) -> list[str]:
         return sorted(listed - {"", posixpath.basename(text)})
 
 
+def find(path: PathLike) -> list[str]:
+    """Names of all files below a folder of an object store, with slashes, relative to it and sorted.
+
+    Raises:
+        InputError: the store cannot be asked.
+    """
+    assert is_remote(path), path
+    with _refusal("list", path):
+        filesystem = _filesystem(path)
+        root = filesystem._strip_protocol(os.fspath(path)).rstrip("/") + "/"
+        return sorted(name.removeprefix(root) for name in filesystem.find(root) if name != root)
+
+
 def remove_tree(path: PathLike) -> None:
     """Remove a file or a directory with all below it; nothing happens where there is none.
 

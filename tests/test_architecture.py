@@ -49,7 +49,7 @@ FLOORS = {
 OUTSIDE = ("tests", "recipes", "benchmarks")
 
 # Slow to import and needed by few commands: they are imported by the function that needs them.
-LAZY = {"matplotlib", "moto", "pytest", "sentencepiece", "tensorboardX"}
+LAZY = {"datasets", "deltalake", "matplotlib", "moto", "pyarrow", "pytest", "sentencepiece", "tensorboardX"}
 
 
 def modules(package: Path) -> dict[str, Path]:

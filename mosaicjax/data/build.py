@@ -86,7 +86,7 @@ def build(
     documents = open_sources(sources, include=include, exclude=exclude, field=field)
     settings = Settings(
         sources=tuple(map(str, sources)),
-        source_files=len(documents.files),
+        source_files=len(documents.sources),
         source_bytes=documents.size_bytes,
         include=tuple(include),
         exclude=tuple(exclude),

@@ -1,19 +1,20 @@
-"""Sources of documents: folders of text or code, text files and JSON lines, streamed in one fixed order."""
+"""Documents of any sources, streamed in one fixed order: which files and tables they are."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import os
-import zlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import IO
+from pathlib import Path, PurePosixPath
 
+from mosaicjax import storage
+from mosaicjax.data.mds import INDEX
+from mosaicjax.data.sources import JSON_LINES, Document, JsonLines, Source, TextFile
+from mosaicjax.data.tables import DELTA_LOG, HUGGING_FACE, Delta, HuggingFace, MdsFolder, Parquet
 from mosaicjax.errors import InputError
 
 TEXT_EXTENSIONS = frozenset(
@@ -25,17 +26,7 @@ TEXT_EXTENSIONS = frozenset(
     .vhdl .f90
     """.split()
 )
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 NEVER_ENTERED = frozenset({"__pycache__", ".git", ".hg", ".svn", ".jj", ".bzr", "CVS"})
-BROKEN_ARCHIVE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text, with the name of where it was read: a path, or `path:line`."""
-
-    text: str
-    name: str
 
 
 @dataclass
@@ -47,9 +38,7 @@ class Documents:
     entered and count as one.
     """
 
-    files: tuple[Path, ...]
-    named: frozenset[Path]
-    field_name: str
+    sources: tuple[Source, ...]
     left_out: Counter[str]
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -60,8 +49,8 @@ class Documents:
         """
         self.skipped = Counter(self.left_out)
         found = False
-        for path in self.files:
-            for document in self._read(path):
+        for source in self.sources:
+            for document in source.read(self.skipped):
                 if not document.text:
                     self.skipped["empty"] += 1
                     continue
@@ -71,35 +60,14 @@ class Documents:
             raise InputError(
                 "empty corpus",
                 expected="at least one document",
-                got=f"{len(self.files)} files, skipped {dict(self.skipped)}",
+                got=f"{len(self.sources)} files, skipped {dict(self.skipped)}",
                 fix="check the paths, --include and --exclude",
             )
 
     @property
     def size_bytes(self) -> int:
-        """Sum of the sizes of the source files as they lie on the disk."""
-        return sum(path.stat().st_size for path in self.files)
-
-    def _read(self, path: Path) -> Iterator[Document]:
-        if path.name.endswith(JSON_LINES):
-            yield from _json_lines(path, self.field_name)
-            return
-        data = path.read_bytes()
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            if path in self.named:
-                raise InputError(
-                    f"{path} cannot be read as text",
-                    expected="UTF-8",
-                    got=f"{error.reason} at byte {error.start}",
-                ) from error
-            self.skipped["binary"] += 1
-            return
-        if "\0" in text and path not in self.named:
-            self.skipped["binary"] += 1
-            return
-        yield Document(text, str(path))
+        """Sum of the sizes of the source files as they lie there."""
+        return sum(source.size_bytes for source in self.sources)
 
 
 def open_sources(
@@ -109,45 +77,119 @@ def open_sources(
     exclude: Sequence[str] = (),
     field: str = "text",
 ) -> Documents:
-    """Open folders, text files and `.jsonl`, `.jsonl.gz` or `.jsonl.xz` files as one sequence of documents.
+    """Open sources as one sequence of documents, here or on `s3://` or `gs://`.
+
+    Text files, JSON lines (`.jsonl`, or with .gz, .xz, .zst) and `.parquet` files; folders of them; Delta
+    tables, `TABLE` or `TABLE@v7` for a version of it; folders of MDS shards; `hf:NAME` for a Hugging Face
+    dataset. `field` names the text of rows.
 
     A folder is read recursively in sorted order: every file with an extension of `TEXT_EXTENSIONS`, or those
-    that match a glob of `include` where there is one (the way to read JSON lines in a folder:
+    that match a glob of `include` where there is one (the way to read rows in a folder:
     `include=["*.jsonl.gz"]`). A glob of `exclude` without a slash matches the name of a file or folder, one
     with a slash the end of its path. Links to folders are not followed.
 
     Raises: InputError for a path that does not exist or is of an unknown kind.
     """
     if not paths:
-        raise InputError("no source was given", expected="folders, text files or .jsonl files")
-    files: list[Path] = []
-    named: set[Path] = set()
+        raise InputError("no source was given", expected="folders, tables, text files or .jsonl files")
+    sources: list[Source] = []
     left_out: Counter[str] = Counter()
-    for path in map(Path, paths):
-        if path.is_dir():
-            files.extend(_walk(path, include, exclude, left_out))
-        elif not path.exists():
+    for path in map(str, paths):
+        sources += _opened(path, include, exclude, field, left_out)
+    return Documents(tuple(sources), left_out)
+
+
+def _opened(
+    path: str, include: Sequence[str], exclude: Sequence[str], field: str, left_out: Counter[str]
+) -> Iterator[Source]:
+    if path.startswith(HUGGING_FACE):
+        yield HuggingFace(path.removeprefix(HUGGING_FACE), field)
+        return
+    table, version = _versioned(path)
+    if version is not None or storage.exists(storage.join(table, DELTA_LOG)):
+        yield Delta(table, version, field)
+    elif (one := _of_name(path, field, named=True)) and not _is_folder(path):
+        if not storage.exists(path):
             raise InputError(f"source {path} does not exist")
-        elif path.name.endswith(JSON_LINES) or path.suffix.lower() in TEXT_EXTENSIONS:
-            files.append(path)
-            named.add(path)
+        yield one
+    elif not storage.exists(path):
+        raise InputError(f"source {path} does not exist")
+    elif not _is_folder(path):
+        raise InputError(
+            f"source {path} is of an unknown kind",
+            expected="a folder, a Delta table, .jsonl (.gz, .xz, .zst), .parquet or a text file",
+            got=PurePosixPath(path).suffix or "no extension",
+        )
+    elif _holds_shards(path):
+        yield MdsFolder(path, field)
+    else:
+        walk = _walk_remote if storage.is_remote(path) else _walk
+        for name in walk(path, include, exclude, left_out):
+            yield _of_name(name, field, named=False) or TextFile(name, named=False)
+
+
+def _of_name(path: str, field: str, *, named: bool) -> Source | None:
+    """What reads a file, by its name."""
+    if path.endswith(JSON_LINES):
+        return JsonLines(path, field)
+    if path.endswith(".parquet"):
+        return Parquet(path, field)
+    if PurePosixPath(path).suffix.lower() in TEXT_EXTENSIONS:
+        return TextFile(path, named)
+    return None
+
+
+def _versioned(path: str) -> tuple[str, int | None]:
+    """A table and its version, of TABLE@v7."""
+    found = re.fullmatch(r"(.+)@v(\d+)", path)
+    return (found.group(1), int(found.group(2))) if found else (path, None)
+
+
+def _is_folder(path: str) -> bool:
+    return bool(storage.list_dir(path)) if storage.is_remote(path) else Path(storage.local(path)).is_dir()
+
+
+def _holds_shards(path: str) -> bool:
+    """Whether a folder's index is one of MDS shards: any folder of code may have an index.json."""
+    index = storage.join(path, INDEX)
+    if not storage.exists(index):
+        return False
+    try:
+        contents = json.loads(storage.read_text(index))
+    except ValueError:
+        # One cut short is the shards' all the same.
+        return any(re.search(r"\.mds(\.\w+)?$", name) for name in storage.list_dir(path))
+    shards = contents.get("shards") if isinstance(contents, dict) else None
+    first = shards[0] if isinstance(shards, list) and shards else None
+    return isinstance(first, dict) and "raw_data" in first
+
+
+def _walk_remote(
+    root: str, include: Sequence[str], exclude: Sequence[str], left_out: Counter[str]
+) -> Iterator[str]:
+    """As `_walk`, of an object store."""
+    dropped: set[PurePosixPath] = set()
+    for name in storage.find(root):
+        inside = PurePosixPath(name)
+        folders = list(inside.parents)[-2::-1]
+        bad = next((each for each in folders if each.name in NEVER_ENTERED or _matches(each, exclude)), None)
+        if bad is not None:
+            left_out["excluded"] += bad not in dropped
+            dropped.add(bad)
+        elif _matches(inside, exclude):
+            left_out["excluded"] += 1
+        elif not _wanted(inside, include):
+            left_out["extension"] += 1
         else:
-            raise InputError(
-                f"source {path} is of an unknown kind",
-                expected="a folder, .jsonl, .jsonl.gz, .jsonl.xz or a text file",
-                got=path.suffix or "no extension",
-            )
-    return Documents(tuple(files), frozenset(named), field, left_out)
+            yield storage.join(root, name)
 
 
-def _walk(
-    root: Path, include: Sequence[str], exclude: Sequence[str], left_out: Counter[str]
-) -> Iterator[Path]:
+def _walk(root: str, include: Sequence[str], exclude: Sequence[str], left_out: Counter[str]) -> Iterator[str]:
     def raise_error(error: OSError) -> None:
         raise InputError(f"folder {error.filename} cannot be read", got=error.strerror) from error
 
-    for folder, folders, names in os.walk(root, onerror=raise_error):
-        inside = Path(folder).relative_to(root)
+    for folder, folders, names in os.walk(storage.local(root), onerror=raise_error):
+        inside = PurePosixPath(Path(folder).relative_to(storage.local(root)))
         kept = []
         for name in sorted(folders):
             if name in NEVER_ENTERED or _matches(inside / name, exclude):
@@ -161,14 +203,14 @@ def _walk(
             elif not _wanted(inside / name, include):
                 left_out["extension"] += 1
             else:
-                yield Path(folder) / name
+                yield str(Path(folder) / name)
 
 
-def _wanted(path: Path, include: Sequence[str]) -> bool:
+def _wanted(path: PurePosixPath, include: Sequence[str]) -> bool:
     return _matches(path, include) if include else path.suffix.lower() in TEXT_EXTENSIONS
 
 
-def _matches(path: Path, globs: Sequence[str]) -> bool:
+def _matches(path: PurePosixPath, globs: Sequence[str]) -> bool:
     whole = path.as_posix()
     for glob in globs:
         target = glob.strip("/")
@@ -178,56 +220,3 @@ def _matches(path: Path, globs: Sequence[str]) -> bool:
         elif fnmatchcase(path.name, target):
             return True
     return False
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    return path.open("rb")
-
-
-def _json_lines(path: Path, field: str) -> Iterator[Document]:
-    number = 0
-    with _open_bytes(path) as lines:
-        while True:
-            number += 1
-            try:
-                line = lines.readline()
-            except BROKEN_ARCHIVE as error:
-                raise InputError(
-                    f"{path}, line {number}: the archive is broken", got=str(error) or type(error).__name__
-                ) from error
-            if not line:
-                return
-            if not line.isspace():
-                yield Document(_row_text(line, field, f"{path}, line {number}"), f"{path}:{number}")
-
-
-def _row_text(line: bytes, field: str, place: str) -> str:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise InputError(place, expected="UTF-8", got=f"{error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(place, expected="one JSON object", got=str(error)) from error
-    if not isinstance(row, dict) or field not in row:
-        raise InputError(
-            place,
-            expected=f"a JSON object with the field {field!r}",
-            got=sorted(row) if isinstance(row, dict) else type(row).__name__,
-            fix="name the field that holds the text with --field",
-        )
-    text = row[field]
-    if not isinstance(text, str):
-        raise InputError(f"{place}, field {field!r}", expected="a string", got=type(text).__name__)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{place}, field {field!r}",
-            expected="Unicode text",
-            got=f"half a surrogate pair at character {error.start}",
-        ) from error
-    return text

@@ -1,0 +1,191 @@
+"""Documents from tables: Parquet files, Delta tables at any of their versions, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mosaicjax import storage
+from mosaicjax.data.mds import Mds
+from mosaicjax.data.sources import Document, checked_text, pyarrow_for
+from mosaicjax.errors import InputError
+
+ROWS = 1_024
+"""Read at a time."""
+DELTA_LOG = "_delta_log"
+HUGGING_FACE = "hf:"
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """A Parquet file, whose column `field` is a document's text; nulls are empty documents."""
+
+    name: str
+    field: str
+
+    @property
+    def size_bytes(self) -> int:
+        """See `Source`."""
+        return storage.file_size(self.name)
+
+    def read(self, skipped: Counter[str]) -> Iterator[Document]:
+        """See `Source`."""
+        import_error = pyarrow_for(self.name).ArrowException
+        from pyarrow import parquet
+
+        with storage.reading(self.name) as stored:
+            try:
+                file = parquet.ParquetFile(stored)
+                _check_column(self.field, file.schema_arrow.names, self.name)
+                batches = file.iter_batches(ROWS, columns=[self.field])
+                yield from _texts(batches, self.field, self.name)
+            except (import_error, OSError) as error:
+                raise InputError(
+                    f"{self.name} cannot be read as Parquet", got=storage.one_line(error)
+                ) from error
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A Delta table at a version (None: the newest), whose column `field` is a document's text.
+
+    Rows come in the order of the table's files by name. The table of a version is what its log says: files
+    removed since are read as long as they are there.
+    """
+
+    path: str
+    version: int | None
+    field: str
+
+    @property
+    def name(self) -> str:
+        """See `Source`; with the version, so that a build is begun and finished with the same."""
+        return f"{self.path}@v{self._table.version()}"
+
+    @property
+    def size_bytes(self) -> int:
+        """See `Source`."""
+        import pyarrow
+
+        actions = pyarrow.table(self._table.get_add_actions(flatten=True))
+        return int(sum(actions.column("size_bytes").to_pylist()))
+
+    @property
+    def _options(self) -> dict[str, str]:
+        """Of an object store, beyond what deltalake takes from the environment as others do."""
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        if storage.scheme(self.path) != "s3" or not endpoint:
+            return {}
+        return {"aws_endpoint_url": endpoint, "aws_allow_http": str(endpoint.startswith("http:")).lower()}
+
+    @cached_property
+    def _table(self) -> Any:
+        try:
+            import deltalake
+        except ImportError:
+            raise InputError(
+                f"{self.path} is a Delta table, and deltalake is not installed",
+                fix="pip install 'mosaicjax[tables]'",
+            ) from None
+        try:
+            return deltalake.DeltaTable(self.path, version=self.version, storage_options=self._options)
+        except (deltalake.exceptions.DeltaError, OSError) as error:
+            wanted = "" if self.version is None else f" at version {self.version}"
+            raise InputError(
+                f"the Delta table {self.path} cannot be opened{wanted}", got=storage.one_line(error)
+            ) from error
+
+    def read(self, skipped: Counter[str]) -> Iterator[Document]:
+        """See `Source`."""
+        arrow_error = pyarrow_for(self.path).ArrowException
+        import deltalake
+
+        try:
+            dataset = self._table.to_pyarrow_dataset()
+            _check_column(self.field, dataset.schema.names, self.name)
+            for part in sorted(dataset.get_fragments(), key=lambda each: str(each.path)):
+                batches = part.to_batches(schema=dataset.schema, columns=[self.field], batch_size=ROWS)
+                yield from _texts(batches, self.field, f"{self.name}, {part.path}")
+        except (deltalake.exceptions.DeltaError, arrow_error, OSError) as error:
+            raise InputError(f"{self.name} cannot be read", got=storage.one_line(error)) from error
+
+
+@dataclass(frozen=True)
+class MdsFolder:
+    """Mosaic's MDS shards, whose column `field` is a document's text."""
+
+    name: str
+    field: str
+
+    @property
+    def size_bytes(self) -> int:
+        """See `Source`."""
+        return self._shards.size_bytes
+
+    @cached_property
+    def _shards(self) -> Mds:
+        return Mds(self.name)
+
+    def read(self, skipped: Counter[str]) -> Iterator[Document]:
+        """See `Source`."""
+        for number, sample in enumerate(self._shards.samples((self.field,))):
+            place = f"{self.name}:{number}"
+            yield Document(checked_text(sample[self.field], f"{place}, column {self.field!r}"), place)
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A dataset of the `datasets` library, streamed: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
+
+    spec: str
+    field: str
+
+    @property
+    def name(self) -> str:
+        """See `Source`."""
+        return f"{HUGGING_FACE}{self.spec}"
+
+    @property
+    def size_bytes(self) -> int:
+        """Not known before it is read: 0."""
+        return 0
+
+    def read(self, skipped: Counter[str]) -> Iterator[Document]:
+        """See `Source`."""
+        if importlib.util.find_spec("datasets") is None:
+            raise InputError(f"{self.name} needs the package datasets", fix="pip install datasets")
+        import datasets
+
+        name, *rest = self.spec.split(":")
+        split, config = (rest or ["train"])[-1], rest[0] if len(rest) > 1 else None
+        try:
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.name} cannot be opened", got=storage.one_line(error)) from error
+        for number, row in enumerate(rows):
+            _check_column(self.field, list(row), self.name)
+            place = f"{self.name}:{number}"
+            yield Document(checked_text(row[self.field] or "", f"{place}, column {self.field!r}"), place)
+
+
+def _check_column(field: str, names: list[str], place: str) -> None:
+    if field not in names:
+        raise InputError(
+            f"{place} lacks the column {field!r}",
+            expected=f"one of {', '.join(names)}",
+            fix="name the column that holds the text with --field",
+        )
+
+
+def _texts(batches: Any, field: str, place: str) -> Iterator[Document]:
+    number = 0
+    for batch in batches:
+        for text in batch.column(field).to_pylist():
+            where = f"{place}:{number}"
+            yield Document("" if text is None else checked_text(text, f"{where}, column {field!r}"), where)
+            number += 1
