@@ -15,41 +15,38 @@ pytestmark = [
 RECIPE = """
 from mosaicjax.data.stream import TokenStore
 from mosaicjax.mesh import Mesh
-from mosaicjax.models import llama
+from mosaicjax.models import mistral
 from mosaicjax.models.decoder import Remat
 from mosaicjax.recipe import Recipe
 
 recipe = Recipe(
-    model=llama.Config(layers=4, embed=1024, heads=8, kv_heads=4, mlp=2816, vocab=8192, remat=Remat.FULL),
+    model=mistral.Config(
+        layers=4, embed=1024, heads=8, kv_heads=4, head_dim=128, mlp=2816, vocab=8192, window=0, remat=Remat.FULL
+    ),
     data=TokenStore("none"), seq=2048, batch=32, steps=100,
 )
 """
 FIGURES = ("flops", "hbm", "wire", "memory", "seconds")
 # Which way each figure goes, by hand: -1 down, 0 the same, 1 up, None either.
 CHANGES = {
-    "attention's result is kept: its forward kernel runs once": (
+    "products and attention's result are kept, and read again": (
         ("--model.remat", "PRODUCTS"),
-        (-1, -1, 0, 1, -1),
+        (-1, 1, 0, 1, -1),
     ),
-    "a window": (("--model.windows", "256"), (-1, -1, 0, None, -1)),
-    "weights are gathered and gradients summed four times": (("--microbatch", "8"), (0, 1, 1, -1, 1)),
-    "no weights to gather, no room for them either": (
+    "keys beyond a window are not looked at": (("--model.window", "256"), (-1, None, 0, None, -1)),
+    # Activations of a quarter of the rows stay in VMEM here: bytes of HBM may go down.
+    "weights are gathered and gradients summed four times": (("--microbatch", "8"), (0, None, 1, -1, 1)),
+    "nothing is gathered, and each chip updates all weights": (
         ("--mesh.data", "4", "--mesh.fsdp", "1"),
-        (0, None, -1, 1, -1),
+        (0, 1, -1, 1, 1),
     ),
 }
 
 
 def figures(found):
     """Of one plan, in the order of FIGURES."""
-    needed = found["memory"]["peak"]
-    return (
-        found["flops"]["compiled"],
-        found["hbm_bytes"],
-        found["wire_bytes"],
-        needed,
-        found["step_seconds"]["expected"],
-    )
+    work = (found["flops"]["compiled"], found["hbm_bytes"], found["wire_bytes"])
+    return *work, found["memory"]["needed"], found["step_seconds"]["expected"]
 
 
 @pytest.fixture(scope="module")
