@@ -21,7 +21,8 @@ from mosaicjax.recipe import Recipe
 
 recipe = Recipe(
     model=mistral.Config(
-        layers=4, embed=1024, heads=8, kv_heads=4, head_dim=128, mlp=2816, vocab=8192, window=0, remat=Remat.FULL
+        layers=4, embed=1024, heads=8, kv_heads=4, head_dim=128, mlp=2816, vocab=8192, window=0,
+        remat=Remat.FULL,
     ),
     data=TokenStore("none"), seq=2048, batch=32, steps=100,
 )
