@@ -50,16 +50,22 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class TextFile:
-    """A file that is one document. One that was not `named`, but found in a folder, may be no text."""
+class StoredFile:
+    """A source that is one file, by its path."""
 
     name: str
-    named: bool
 
     @property
     def size_bytes(self) -> int:
         """See `Source`."""
         return storage.file_size(self.name)
+
+
+@dataclass(frozen=True)
+class TextFile(StoredFile):
+    """A file that is one document. One that was not `named`, but found in a folder, may be no text."""
+
+    named: bool
 
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         """See `Source`; not UTF-8, or with NUL bytes, counts as `binary`."""
@@ -81,16 +87,10 @@ class TextFile:
 
 
 @dataclass(frozen=True)
-class JsonLines:
+class JsonLines(StoredFile):
     """A file of one JSON object a line, whose `field` is a document's text; blank lines are none."""
 
-    name: str
     field: str
-
-    @property
-    def size_bytes(self) -> int:
-        """See `Source`."""
-        return storage.file_size(self.name)
 
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         """See `Source`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from mosaicjax import storage
 from mosaicjax.data.mds import Mds
-from mosaicjax.data.sources import Document, checked_text, pyarrow_for
+from mosaicjax.data.sources import Document, StoredFile, checked_text, pyarrow_for
 from mosaicjax.errors import InputError
 
 ROWS = 1_024
@@ -22,16 +22,10 @@ HUGGING_FACE = "hf:"
 
 
 @dataclass(frozen=True)
-class Parquet:
+class Parquet(StoredFile):
     """A Parquet file, whose column `field` is a document's text; nulls are empty documents."""
 
-    name: str
     field: str
-
-    @property
-    def size_bytes(self) -> int:
-        """See `Source`."""
-        return storage.file_size(self.name)
 
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         """See `Source`."""
