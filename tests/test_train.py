@@ -215,6 +215,7 @@ def test_safe_changes_are_said_and_go_on(tiny_run, tiny_store, tmp_path, capsys)
     )
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_summary_gets_one(tiny_run, tmp_path, capsys):
     out = tiny.copy_run(tiny_run, tmp_path / "run", until=6)
     for name in ("summary.json", "loss.png", "sample.txt"):
@@ -260,6 +261,7 @@ class Gentle(Alibi):
 """
 
 
+@pytest.mark.slow
 def test_a_run_can_be_had_again_from_its_directory_alone(tiny_store, tmp_path):
     model = "mpt.Config(layers=2, embed=32, heads=2, mlp=64, vocab=320, position=Gentle(share=0.25))"
     recipe = tiny.write_recipe(tmp_path / "own.py", tiny_store, before=OWN, model=model)
@@ -457,6 +459,7 @@ def test_an_attention_of_ones_own_and_its_code(tiny_store, tmp_path, capsys):
     assert "was trained by other code" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_takes_another_recipe(tiny_recipe, tmp_path, capsys):
     out = tmp_path / "run"
     ready = opened(tiny_recipe, out, "--steps", 20, "--save.every", 0, *NO_EVAL)
