@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import (
     BATCH,
+    LENGTH,
     REST,
     Mesh,
     fsdp,
@@ -80,6 +81,10 @@ def test_partitions_by_hand():
         None, ("fsdp0", "fsdp1"), "tensor", None
     )
     assert torus.partition((BATCH, None, "vocab")) == P(("data", "fsdp0", "fsdp1"), None, "tensor")
+    rows = P(("data", "fsdp0", "fsdp1"), "tensor", None)
+    assert torus.partition((BATCH, LENGTH, None)) == rows
+    whole = layout(Mesh(fsdp=(2, 2), tensor=2, rules={LENGTH: "none"}))
+    assert whole.partition((BATCH, LENGTH, None)) == P(rows[0], None, None)
     assert torus.partition((BATCH, "mlp"), skip=torus.batch_axes) == P(None, "tensor")
     assert (torus.batch_shards, torus.weight_shards) == (4, 8)
     plain = layout(fsdp(rules={"kv_heads": "none"}))

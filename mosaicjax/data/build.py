@@ -85,7 +85,7 @@ def build(
         tokenizer = load_tokenizer(tokenizer)
     documents = open_sources(sources, include=include, exclude=exclude, field=field)
     settings = Settings(
-        sources=tuple(map(str, sources)),
+        sources=documents.given,
         source_files=len(documents.sources),
         source_bytes=documents.size_bytes,
         include=tuple(include),

@@ -35,10 +35,11 @@ class Documents:
 
     `skipped` counts, for the last complete pass, the files and rows left out by reason: `extension` (not a
     text file's), `excluded`, `binary` (not UTF-8, or with NUL bytes) and `empty`. Excluded folders are not
-    entered and count as one.
+    entered and count as one. `given` is what was asked for, a Delta table with its version.
     """
 
     sources: tuple[Source, ...]
+    given: tuple[str, ...]
     left_out: Counter[str]
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -93,10 +94,13 @@ def open_sources(
     if not paths:
         raise InputError("no source was given", expected="folders, tables, text files or .jsonl files")
     sources: list[Source] = []
+    given: list[str] = []
     left_out: Counter[str] = Counter()
     for path in map(str, paths):
-        sources += _opened(path, include, exclude, field, left_out)
-    return Documents(tuple(sources), left_out)
+        mine = tuple(_opened(path, include, exclude, field, left_out))
+        sources += mine
+        given.append(mine[0].name if mine and isinstance(mine[0], Delta) else path)
+    return Documents(tuple(sources), tuple(given), left_out)
 
 
 def _opened(
@@ -142,7 +146,9 @@ def _of_name(path: str, field: str, *, named: bool) -> Source | None:
 def _versioned(path: str) -> tuple[str, int | None]:
     """A table and its version, of TABLE@v7."""
     found = re.fullmatch(r"(.+)@v(\d+)", path)
-    return (found.group(1), int(found.group(2))) if found else (path, None)
+    if found is None or storage.exists(path):
+        return path, None
+    return found.group(1), int(found.group(2))
 
 
 def _is_folder(path: str) -> bool:

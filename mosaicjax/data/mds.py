@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mosaicjax import storage
+from mosaicjax.data.sources import pyarrow_for
 from mosaicjax.errors import InputError
 
 INDEX = "index.json"
@@ -192,11 +193,7 @@ def decompress(data: bytes, compression: str, size: int) -> bytes:
     codec = {"zstd": "zstd", "br": "brotli", "snappy": "snappy"}.get(name)
     if codec is None:
         raise InputError("MDS compression", expected="br, bz2, gz, snappy or zstd", got=compression)
-    try:
-        import pyarrow
-    except ImportError:
-        raise InputError(f"{compression} needs pyarrow", fix="pip install 'mosaicjax[tables]'") from None
-    found: bytes = pyarrow.decompress(data, size, codec=codec, asbytes=True)
+    found: bytes = pyarrow_for(compression).decompress(data, size, codec=codec, asbytes=True)
     return found
 
 

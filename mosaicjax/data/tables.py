@@ -58,7 +58,7 @@ class Delta:
 
     @property
     def name(self) -> str:
-        """See `Source`; with the version, so that a build is begun and finished with the same."""
+        """See `Source`; with the version, which a store records, so that a build ends with what it began."""
         return f"{self.path}@v{self._table.version()}"
 
     @property

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from mosaicjax.data.build import build
 from mosaicjax.data.documents import open_sources
 from mosaicjax.data.tables import ROWS
 from mosaicjax.errors import InputError
@@ -79,6 +80,24 @@ def test_a_delta_table_at_each_of_its_versions(tmp_path):
     deltalake.DeltaTable(path).delete("text = 'd'")
     assert sorted(texts(path)) == ["e", "f"]
     assert sorted(texts(f"{path}@v2")) == ["d", "e", "f"]
+
+
+def test_a_store_is_of_one_version_of_a_delta_table(tmp_path, tokenizer):
+    path, out = str(tmp_path / "table"), tmp_path / "store"
+    deltalake.write_deltalake(path, table(["one", "two", "three"]))
+    made = build([path], out, tokenizer=tokenizer, held_out=0.0, workers=1, progress=False)
+    assert made.settings.sources == (f"{path}@v0",) and made.splits["train"].documents == 3
+    deltalake.write_deltalake(path, table(["four"]), mode="append")
+    with pytest.raises(InputError, match="another sources; expected .*table@v0.*; got .*table@v1"):
+        build([path], out, tokenizer=tokenizer, held_out=0.0, workers=1, progress=False)
+    again = build([f"{path}@v0"], out, tokenizer=tokenizer, held_out=0.0, workers=1, progress=False)
+    assert again == made
+
+
+def test_a_folder_that_is_named_like_a_version_is_a_folder(tmp_path):
+    (tmp_path / "code@v3").mkdir()
+    (tmp_path / "code@v3" / "a.txt").write_text("text")
+    assert texts(tmp_path / "code@v3") == ["text"]
 
 
 def test_no_delta_table_there(tmp_path):
