@@ -151,7 +151,8 @@ class Moe(Mlp):
             check_vma=False,
         )
         parts_SBLD, part_BLK, expert_BLK = run(mine, x_BLD, shares_BLE)
-        out_BLD = parts_SBLD[0] if parts_SBLD.shape[0] == 1 else jnp.sum(parts_SBLD, axis=0)
+        # jnp.sum would widen the parts, and with them what moves between the shards, forward and backward.
+        out_BLD = parts_SBLD[0] if parts_SBLD.shape[0] == 1 else jax.lax.reduce_sum(parts_SBLD, axes=(0,))
         return context.constrain(out_BLD), part_BLK, expert_BLK
 
     def _experts(self, mine: dict[str, Any], x_BLD: Array, shares_BLE: Array) -> tuple[Array, Array, Array]:
