@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine  # noqa: E402 after the path, for a call as a script
-from mosaicjax.data.stream import TokenStore  # noqa: E402
+from mosaicjax.data.mixture import TokenStore  # noqa: E402
 from mosaicjax.kernels.attention_blocks import Problem, visited_pairs  # noqa: E402
 from mosaicjax.layers.position import Rotary  # noqa: E402
 from mosaicjax.methods.clip import ClipGradients  # noqa: E402

@@ -31,7 +31,7 @@ from benchmarks.kernels.attention import HERE as ATTENTION  # noqa: E402 after t
 from benchmarks.kernels.bundles import Compiler  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from mosaicjax import recipe_file  # noqa: E402
-from mosaicjax.data.stream import TokenStore  # noqa: E402
+from mosaicjax.data.mixture import TokenStore  # noqa: E402
 from mosaicjax.errors import InputError  # noqa: E402
 from mosaicjax.kernels.grouped import Grouped  # noqa: E402
 from mosaicjax.layers.moe import Moe  # noqa: E402

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine  # noqa: E402 after the path, for a call as a script
-from mosaicjax.data.stream import TokenStore  # noqa: E402
+from mosaicjax.data.mixture import TokenStore  # noqa: E402
 from mosaicjax.losses import CrossEntropy  # noqa: E402
 from mosaicjax.mesh import REST, Mesh  # noqa: E402
 from mosaicjax.models import llama  # noqa: E402

@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array
 
 from mosaicjax import processes
-from mosaicjax.data.stream import Prefetch, Stream
+from mosaicjax.data.prefetch import Prefetch
+from mosaicjax.data.stream import Stream
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import global_array, local_rows
 from mosaicjax.step import Step

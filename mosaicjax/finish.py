@@ -109,7 +109,7 @@ def sample(run: Run) -> str:
         run.state.trainable,
         ready.step.layout,
         ready.recipe.dtypes,
-        ready.data.store.tokenizer,
+        ready.data.tokenizer,
         [""],
         settings,
         lambda index, text: None,
@@ -141,11 +141,11 @@ def evaluate_run(out: str) -> Iterator[str]:
     decoder, program = recipe.program()
     abstract = program.trainable.abstract(program.dtypes.param, shardings(program.trainable, layout))
     weights = restore_params(out, steps[-1], abstract, field="trainable")
-    sizes = data.store.tokenizer.token_bytes
+    sizes = data.tokenizer.token_bytes
     rows, chunk = program.phase.microbatch, recipe.loss.chunk
     evaluator = Evaluator(decoder, layout, program.dtypes, data.held_out, sizes, rows, chunk)
     loss = evaluator(weights)
-    text = gzip_held_out(data.store)
+    text = gzip_held_out(data.stores)
     yield f"{out}, step {steps[-1]:,}, on {text.documents:,} held-out documents of {text.text_bytes:,} bytes:"
     bits = loss.nats / math.log(2)
     yield f"  model    {bits:>14,.0f} bits, {bits / text.text_bytes:.4f} a byte ({loss.tokens:,} tokens)"

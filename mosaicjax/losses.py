@@ -20,12 +20,15 @@ class TokenLoss:
     """Per-token terms, weighted and summed.
 
     Units: nats, summed over target tokens. `objective` is what is minimised; `nll` the cross-entropy alone;
-    `square_lse` the squared log-partition that the z-loss weighs.
+    `square_lse` the squared log-partition that the z-loss weighs; `nll_B` the cross-entropy row by row.
+
+    Shapes: [], but for `nll_B`, [B].
     """
 
     objective: Any
     nll: Any
     square_lse: Any
+    nll_B: Any
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class CrossEntropy:
         square_BL = jnp.square(lse_BL)
         objective_BL = nll_BL + self.z_loss * square_BL if self.z_loss else nll_BL
         terms = (objective_BL, nll_BL, square_BL)
-        return TokenLoss(*(jnp.sum(term * weights_BL) for term in terms))
+        objective, total, squares = (jnp.sum(term * weights_BL) for term in terms)
+        return TokenLoss(objective, total, squares, jnp.sum(nll_BL * weights_BL, axis=1))
 
 
 def nll(logits_BLV: Array, targets_BL: Array) -> tuple[Array, Array]:
@@ -80,7 +84,7 @@ def by_chunks(some: Chunk, head: Any, hidden_CBLD: Array, rows_CBL: tuple[Array,
     """The terms of all chunks, with the logits of one in memory at a time.
 
     The gradient of the objective is made chunk by chunk together with its value, while the logits are there:
-    backward it is only scaled. `nll` and `square_lse` are measures and have no gradient.
+    backward it is only scaled. The others are measures and have no gradient.
 
     Shapes: rows are targets and weights, [C, B, L].
 
@@ -96,7 +100,7 @@ def _forward(
     def turn(head_grad: Any, part: Any) -> tuple[Any, Any]:
         hidden_BLD, rows_BL = part
         terms, pull = jax.vjp(lambda head, hidden_BLD: some(head, hidden_BLD, *rows_BL), head, hidden_BLD)
-        unit = TokenLoss(jnp.ones_like(terms.objective), *map(jnp.zeros_like, (terms.nll, terms.square_lse)))
+        unit = jax.tree.map(jnp.zeros_like, terms).replace(objective=jnp.ones_like(terms.objective))
         more, hidden_grad_BLD = pull(unit)
         return jax.tree.map(jnp.add, head_grad, more), (terms, hidden_grad_BLD)
 

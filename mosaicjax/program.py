@@ -20,10 +20,11 @@ from mosaicjax.optim import Rate
 from mosaicjax.spec import Dtypes, Spec
 
 ACTIVATION_SQUARES = "activation_mean_square"
+DOMAIN_NLL, DOMAIN_TOKENS = "domain_nll", "domain_tokens"
 
 Batch = Mapping[str, Array]
 """`tokens`, `targets`, `weights` [B, L]; `row` [B], each row's number in the global batch; packed rows also
-have `segments` and `positions` [B, L]."""
+have `segments` and `positions` [B, L], those of several domains `domain` [B]."""
 
 
 class Loss(Protocol):
@@ -110,7 +111,8 @@ class DecoderLoss:
 
     `packed` rows bring segments and positions; others are one segment from position 0. The objective holds
     the losses of routers to experts too, where there are any; the metric `loss` does not. With `measure` the
-    metrics hold the mean square of the output at each of the model's `places`.
+    metrics hold the mean square of the output at each of the model's `places`; of several `domains` they hold
+    the loss and the tokens of each.
     """
 
     decoder: Model
@@ -118,6 +120,7 @@ class DecoderLoss:
     dtypes: Dtypes
     packed: bool = False
     measure: bool = False
+    domains: int = 1
 
     def __call__(
         self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
@@ -132,6 +135,11 @@ class DecoderLoss:
         terms = self.terms(trainable, output.hidden_BLD, batch, context)
         weight = jnp.sum(batch["weights"].astype(terms.nll.dtype))
         metrics = {"loss": terms.nll}
+        if self.domains > 1:
+            mine_DB = jnp.arange(self.domains, dtype=jnp.int32)[:, None] == batch["domain"][None]
+            tokens_B = jnp.sum(batch["weights"].astype(weight.dtype), axis=1)
+            for name, values_B in ((DOMAIN_NLL, terms.nll_B), (DOMAIN_TOKENS, tokens_B)):
+                metrics[name] = jnp.sum(jnp.where(mine_DB, values_B[None], jnp.zeros_like(values_B)), axis=1)
         if self.loss.z_loss:
             metrics["z_loss"] = self.loss.z_loss * terms.square_lse
         objective = terms.objective

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TrainingData
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.kernels.flash_attention import Implementation
@@ -71,7 +71,7 @@ class Recipe:
     """
 
     model: Family
-    data: TokenStore
+    data: TrainingData
     seq: int = 2_048
     batch: int = 256
     microbatch: int = WHOLE
@@ -120,6 +120,7 @@ class Recipe:
         model = self.model.build()
         model.check(self.seq)
         self.loss.check(self.seq)
+        self.data.check()
         if self.attention is not Implementation.BY_DEVICE and not isinstance(model, Decoder):
             raise InputError(
                 "attention of a module of one's own, which brings its own",
@@ -143,7 +144,14 @@ class Recipe:
         if isinstance(decoder, Decoder):
             decoder = decoder.with_attention(self.attention)
         spec = decoder.spec()
-        loss = DecoderLoss(decoder, self.loss, self.dtypes, packed=self.data.isolate, measure=self.log.norms)
+        loss = DecoderLoss(
+            decoder,
+            self.loss,
+            self.dtypes,
+            packed=self.data.isolate,
+            measure=self.log.norms,
+            domains=len(self.data.stores()),
+        )
         program = Program(
             trainable=spec,
             frozen=Spec({}, {}),

@@ -17,8 +17,12 @@ import jax
 
 from mosaicjax import processes, recipe_file, storage
 from mosaicjax.checkpoint import Checkpoints, complete_steps
-from mosaicjax.data.store import Store
-from mosaicjax.data.stream import HeldOut, Stream
+from mosaicjax.data import mixture
+from mosaicjax.data.packing import Packing
+from mosaicjax.data.rows import Contiguous, Packed, Rows
+from mosaicjax.data.store import Split, Store
+from mosaicjax.data.stream import Drawn, HeldOut, Stream
+from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, find_chip
 from mosaicjax.hub import start
@@ -79,12 +83,17 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Data:
-    """A token store, opened for a recipe."""
+    """The token stores of a recipe, opened; `tokenizer` is that of all."""
 
-    store: Store
+    stores: tuple[Store, ...]
     stream: Stream
     held_out: HeldOut | None
     digest: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens."""
+        return self.stores[0].tokenizer
 
 
 @dataclass(frozen=True)
@@ -112,26 +121,44 @@ def open_data(recipe: Recipe) -> Data:
     Raises:
         InputError: no store, a damaged shard, a tokenizer larger than the model's vocabulary, too few tokens.
     """
-    store = Store.open(recipe.data.path, verify=True)
-    check_vocabulary(recipe.model.build().dims["vocab"], store.manifest.tokenizer.size, recipe.data.path)
-    separator = store.manifest.tokenizer.separator
-    stream = Stream(
-        store.split("train"),
-        separator=separator,
-        seq=recipe.seq,
-        batch=recipe.batch,
-        seed=recipe.seed,
-        skips=recipe.skips,
-        isolate=recipe.data.isolate,
-    )
+    paths = recipe.data.stores()
+    stores = {name: Store.open(path, verify=True) for name, path in paths.items()}
+    records = {name: store.manifest.tokenizer for name, store in stores.items()}
+    first = next(iter(paths))
+    for name, record in records.items():
+        check_vocabulary(recipe.model.build().dims["vocab"], record.size, paths[name])
+        if (record.hash, record.separator) != (records[first].hash, records[first].separator):
+            raise InputError(
+                f"{paths[name]} was built with another tokenizer than {paths[first]}",
+                expected=f"{records[first].hash[:12]}, separator {records[first].separator_token!r}",
+                got=f"{record.hash[:12]}, separator {record.separator_token!r}",
+                fix="build it again with the other's",
+            )
+    form: Any = {"separator": records[first].separator, "seq": recipe.seq, "isolate": recipe.data.isolate}
+    # A stream keeps what it reads, and reads nothing twice.
+    rows = {name: _rows(store.split("train", cache_bytes=0), recipe) for name, store in stores.items()}
+    weights = recipe.data.weights([len(each) for each in rows.values()])
+    drawn = [Drawn(*each, weight) for each, weight in zip(rows.items(), weights, strict=True)]
+    stream = Stream(drawn, batch=recipe.batch, seed=recipe.seed, skips=recipe.skips, **form)
+    validation = {name: store.split("validation") for name, store in stores.items()}
     held_out = None
-    if store.manifest.splits["validation"].documents or recipe.eval.every:
-        validation = store.split("validation")
-        held_out = HeldOut(validation, separator=separator, seq=recipe.seq, isolate=recipe.data.isolate)
+    if any(split.counts.documents for split in validation.values()) or recipe.eval.every:
+        held_out = HeldOut(validation, **form)
     hashes = [
-        record.sha256 for name, record in sorted(store.manifest.files.items()) if name.startswith("train/")
+        record.sha256
+        for store in stores.values()
+        for name, record in sorted(store.manifest.files.items())
+        if name.startswith("train/")
     ]
-    return Data(store, stream, held_out, hashlib.sha256("".join(hashes).encode()).hexdigest())
+    return Data(
+        tuple(stores.values()), stream, held_out, hashlib.sha256("".join(hashes).encode()).hexdigest()
+    )
+
+
+def _rows(split: Split, recipe: Recipe) -> Rows:
+    if recipe.data.rows is mixture.Rows.BEST_FIT:
+        return Packed(Packing.of(split, recipe.seq))
+    return Contiguous(split, recipe.seq)
 
 
 def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
@@ -275,9 +302,9 @@ def record(ready: Ready, program: str) -> None:
     if not processes.current().primary:
         return
     recipe_file.save(ready.out, ready.loaded)
-    for file in ready.data.store.tokenizer.files:
+    for file in ready.data.tokenizer.files:
         storage.copy_file(str(file), storage.join(ready.out, TOKENIZER, Path(file).name))
-    named = json.dumps({"eos_token": ready.data.store.manifest.tokenizer.separator_token})
+    named = json.dumps({"eos_token": ready.data.stores[0].manifest.tokenizer.separator_token})
     storage.write_text(storage.join(ready.out, TOKENIZER, "tokenizer_config.json"), named + "\n")
     text = json.dumps(surroundings(ready, program), indent=1) + "\n"
     storage.write_text(storage.join(ready.out, RUN_JSON), text)

@@ -57,7 +57,7 @@ def show(recipe: Recipe, devices: int) -> Iterator[str]:
     )
     data = open_data(recipe)
     yield ""
-    yield from first_rows(data.store.tokenizer, data.stream.rows(0, range(min(ROWS, recipe.batch))))
+    yield from first_rows(data.tokenizer, data.stream.rows(0, range(min(ROWS, recipe.batch))))
 
 
 def weights_table(step: Step) -> Iterator[str]:
@@ -109,7 +109,7 @@ def first_rows(tokenizer: Tokenizer, batch: dict[str, np.ndarray]) -> Iterator[s
     """Rows as text: what is predicted without loss stands in double brackets."""
     for row in range(len(batch["targets"])):
         weights, targets = batch["weights"][row], batch["targets"][row]
-        segments = len(np.unique(batch["segments"][row][batch["segments"][row] > 0]))
+        segments = int(batch["segments"][row].max()) if "segments" in batch else 1
         yield (
             f"row {row} of the first batch: {len(targets):,} targets, {int((weights > 0).sum()):,} bear loss,"
             f" {segments} segment{'s' if segments != 1 else ''}"

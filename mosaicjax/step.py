@@ -17,7 +17,16 @@ from jax.sharding import PartitionSpec as P
 
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import BATCH, Layout, shardings
-from mosaicjax.program import ACTIVATION_SQUARES, Batch, Loss, Measured, Phase, Program
+from mosaicjax.program import (
+    ACTIVATION_SQUARES,
+    DOMAIN_NLL,
+    DOMAIN_TOKENS,
+    Batch,
+    Loss,
+    Measured,
+    Phase,
+    Program,
+)
 from mosaicjax.spec import Param, Spec, Tree, at_least_float32, is_param, path_name
 
 Sums = tuple[Array, Array, dict[str, Array], Any]
@@ -124,6 +133,8 @@ class Step:
             "row": (rows, jnp.int32, names)
         }
         integers = ("tokens", "targets") + (("segments", "positions") if self.packed else ())
+        if self.domains > 1:
+            shapes["domain"] = (rows, jnp.int32, names)
         for name in integers:
             shapes[name] = ((*rows, phase.seq), jnp.int32, names_token)
         shapes["weights"] = ((*rows, phase.seq), jnp.float32, names_token)
@@ -133,6 +144,11 @@ class Step:
     def packed(self) -> bool:
         """Whether rows bring segments and positions."""
         return bool(getattr(self.program.loss, "packed", False))
+
+    @property
+    def domains(self) -> int:
+        """How many domains the rows come from."""
+        return int(getattr(self.program.loss, "domains", 1))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and places of a batch."""
@@ -181,6 +197,10 @@ class Step:
         metrics = {name: value * share.astype(value.dtype) for name, value in sums.items()}
         if ACTIVATION_SQUARES in metrics:
             metrics["activation_rms"] = jnp.sqrt(metrics.pop(ACTIVATION_SQUARES))
+        if DOMAIN_NLL in metrics:
+            # Of the step's target tokens; a domain that has none has no loss.
+            metrics["domain_loss"] = metrics.pop(DOMAIN_NLL) / metrics[DOMAIN_TOKENS]
+            metrics[DOMAIN_TOKENS] = sums[DOMAIN_TOKENS]
         norm = optax.tree.norm(grads)
         metrics |= {
             "tokens": weight,

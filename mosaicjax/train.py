@@ -25,6 +25,7 @@ from mosaicjax.host_memory import Lent
 from mosaicjax.log import MetricsLog, Row, read_rows
 from mosaicjax.nonfinite import first_nonfinite
 from mosaicjax.plan.kept import planned
+from mosaicjax.program import DOMAIN_TOKENS
 from mosaicjax.recipe import WHOLE
 from mosaicjax.report.live import LiveLine, Mfu, Progress
 from mosaicjax.report.summary import Heldout, Outcome, Seconds
@@ -189,10 +190,23 @@ class Run:
         self.last_loss = float(read["loss"])
         self._recent.append((step_tokens, seconds))
         if number % self.recipe.log.every == 0 or number == self.recipe.steps:
-            values = {"tokens": self.tokens, **one_by_one(read)}
+            values = {"tokens": self.tokens, **self.by_domain(read), **one_by_one(read)}
             self.log.write("train", number, values, self.speed(step_tokens, seconds))
         if self.primary:
             self.line.show(self.progress(number))
+
+    def by_domain(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """Take each domain's loss and tokens of this step out of the metrics; nothing where it had none."""
+        if DOMAIN_TOKENS not in metrics:
+            return {}
+        values: dict[str, float] = {}
+        each = zip(
+            self.ready.data.stream.drawn, metrics.pop("domain_loss"), metrics.pop(DOMAIN_TOKENS), strict=True
+        )
+        for domain, mean, count in each:
+            if count:
+                values |= {f"loss/{domain.name}": float(mean), f"step_tokens/{domain.name}": float(count)}
+        return values
 
     def speed(self, tokens: float, seconds: float) -> dict[str, float]:
         """The clock's side of a row of metrics."""
@@ -233,7 +247,7 @@ class Run:
             return
         if self._evaluator is None:
             program = self.ready.step.program
-            sizes = self.ready.data.store.tokenizer.token_bytes
+            sizes = self.ready.data.tokenizer.token_bytes
             with self.clocks.timed("compile"):
                 self._evaluator = Evaluator(
                     self.ready.decoder,

@@ -16,7 +16,7 @@ count); mesh_transformer/layers.py (init, z-loss), util.py (schedule, decay), tr
 model card of EleutherAI/gpt-j-6b (steps, tokens). Deviations are marked *.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.inits import SmallInit
 from mosaicjax.layers.position import Rotary
 from mosaicjax.losses import CrossEntropy

@@ -14,7 +14,7 @@ section 3.4.1 (schedule, of the 405B); model card and `config.json` of meta-llam
 2.2) alone, and is assumed for the 8B, is marked *.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.norm import RmsNorm
 from mosaicjax.layers.position import Rotary
 from mosaicjax.losses import CrossEntropy

@@ -15,7 +15,7 @@ Source: arXiv 2401.04088, table 1 and section 1 (sizes, experts, positions); `co
 mistralai/Mixtral-8x7B-v0.1 (rotary theta, norm, balance loss, no window).
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.moe import Moe
 from mosaicjax.layers.norm import RmsNorm
 from mosaicjax.layers.position import Rotary

@@ -15,7 +15,7 @@ Source: llm-foundry scripts/train/yamls/pretrain/mpt-125m.yaml @8c8dd48 for ever
 speed: scripts/train/benchmarking/README.md, table of A100-80GB. Deviations are marked *.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.norm import LayerNorm
 from mosaicjax.layers.position import Learned
 from mosaicjax.mesh import fsdp

@@ -12,7 +12,7 @@ Source: llm-foundry scripts/train/yamls/pretrain/mpt-1b.yaml @8c8dd48 for every 
 scripts/train/benchmarking/README.md. Deviations are marked *.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.norm import LayerNorm
 from mosaicjax.layers.position import Learned
 from mosaicjax.mesh import fsdp

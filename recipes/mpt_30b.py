@@ -19,7 +19,7 @@ speed: llm-foundry scripts/train/benchmarking/README.md @8c8dd48. The run's rate
 published: what is assumed or deviates is marked *.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.norm import LayerNorm
 from mosaicjax.layers.position import Alibi
 from mosaicjax.mesh import fsdp

@@ -16,7 +16,7 @@ mosaicml.com/blog/mpt-7b (cost); checkpoint: 13,298,573,312 bytes of bfloat16. T
 are not published (llm-foundry issues 70 and 457): what is assumed or deviates is marked *.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.norm import LayerNorm
 from mosaicjax.layers.position import Alibi
 from mosaicjax.mesh import fsdp

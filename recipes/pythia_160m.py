@@ -13,7 +13,7 @@ and seed; hours: arXiv 2304.01373, appendix; parameters: model card of EleutherA
 marked *.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.inits import SmallInit
 from mosaicjax.layers.position import Rotary
 from mosaicjax.mesh import fsdp

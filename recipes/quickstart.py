@@ -15,7 +15,7 @@ Source: MPT's choices (ALiBi, no biases, tied embeddings, exact GELU) at sizes t
 warm-up and batch come from a few trials, not from a search.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.hardware import Price
 from mosaicjax.layers.norm import LayerNorm
 from mosaicjax.layers.position import Alibi

@@ -16,7 +16,7 @@ replit-code-v1-3b/config.json @1a42199 (sizes, vocabulary, ALiBi, no biases, ini
 are not published: what is assumed or deviates is marked *.
 """
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.norm import LayerNorm
 from mosaicjax.layers.position import Alibi
 from mosaicjax.mesh import fsdp

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from mosaicjax import processes
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.host_memory import own_pages
 from mosaicjax.mesh import Mesh, shardings
 from mosaicjax.models import mpt

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mosaicjax import recipe_file
 from mosaicjax.checkpoint import Checkpoints
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mosaicjax.errors import InputError
 from mosaicjax.generate import (

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaicjax import optim, recipe_file
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.kernels.flash_attention import Implementation

@@ -81,7 +81,7 @@ def test_the_command_shows_the_first_rows(recipe, tiny_recipe, tiny_store, capsy
     (row,) = [i for i, line in enumerate(lines) if line.startswith("row 0 of the first batch: ")]
     assert lines[row] == "row 0 of the first batch: 32 targets, 32 bear loss, 1 segment"
     store = Store.open(tiny_store)
-    texts = store.split("train").tokens([0], len(store.split("train")))[0]
+    texts = store.split("train").tokens(0, len(store.split("train")))
     shown = "\n".join(line.removeprefix("  | ") for line in lines[row + 1 :] if line.startswith("  | "))
     assert "[[" not in shown
     # The row is one of those that the split is cut into.

@@ -382,7 +382,7 @@ def held_out_documents(store):
 
     opened = Store.open(store)
     split = opened.split("validation")
-    (tokens,) = split.tokens([0], len(split))
+    tokens = split.tokens(0, len(split))
     cuts = np.flatnonzero(tokens == opened.manifest.tokenizer.separator)
     pieces = [
         opened.tokenizer.decode_bytes(tokens[a + 1 : b].tolist())

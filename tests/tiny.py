@@ -24,7 +24,7 @@ HELD_OUT = 0.1
 
 RECIPE = '''"""A model small enough for tests."""
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.methods.clip import ClipGradients
 from mosaicjax.models import mpt
 from mosaicjax.optim import AdamW, Cosine

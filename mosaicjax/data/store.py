@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,47 +31,79 @@ class Split:
         """Return the number of tokens."""
         return self.counts.tokens
 
-    def tokens(self, starts: Iterable[int], length: int) -> np.ndarray:
-        """Read windows of tokens; every read is issued before the first is waited for.
+    def read(self, spans: Sequence[tuple[int, int]]) -> Callable[[], list[np.ndarray]]:
+        """Begin to read tokens from `first` up to `last`, of each span; calling the result waits for them.
 
-        Shapes: int32 [len(starts), length].
-        Raises: InputError naming the shard file that is damaged or missing.
+        Shapes: the result's arrays, of the store's dtype, [last - first].
+        Raises: InputError, from the result, naming the shard file that is damaged or missing.
         """
         import tensorstore
 
-        starts = [int(start) for start in starts]
-        for start in starts:
-            assert 0 <= start <= len(self) - length, (start, length, len(self))
-        rows = np.empty((len(starts), length), np.int32)
+        for first, last in spans:
+            assert 0 <= first <= last <= len(self), (first, last, len(self))
         with tensorstore.Batch() as batch:
-            pending = [self._tokens[start : start + length].read(batch=batch) for start in starts]
-        for row, start, read in zip(rows, starts, pending, strict=True):
-            try:
-                row[:] = read.result()
-            except ValueError as error:
-                raise self._damage(start, length, error) from error
-        return rows
+            pending = [self._tokens[first:last].read(batch=batch) for first, last in spans]
 
-    def documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return where each document's first token lies, and how many UTF-8 bytes its text has.
+        def wait() -> list[np.ndarray]:
+            read = []
+            for (first, last), future in zip(spans, pending, strict=True):
+                try:
+                    read.append(future.result())
+                except ValueError as error:
+                    raise self._damage(first, last - first, error) from error
+            return read
 
-        Shapes: int64 [documents], int64 [documents].
+        return wait
+
+    def tokens(self, first: int, last: int) -> np.ndarray:
+        """Read the tokens from `first` up to `last`, as `read` does."""
+        return self.read([(first, last)])()[0]
+
+    def spans(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Return where the documents from number `first` up to `last` lie: their first token, and the next.
+
+        A separator comes before and after each.
+
+        Shapes: int64 [last - first, 2].
         Raises: InputError naming the folder of a damaged array.
         """
-        folder = self.folder / "documents"
+        last = self.counts.documents if last is None else last
+        assert 0 <= first <= last <= self.counts.documents, (first, last)
+        starts = self._table(first, min(last + 1, self.counts.documents))[:, 0]
+        ends = np.append(starts[1:] - 1, len(self) - 1)[: last - first]
+        return np.stack([starts[: last - first], ends], axis=1)
+
+    def document_bytes(self) -> np.ndarray:
+        """Return how many UTF-8 bytes the text of each document has.
+
+        Shapes: int64 [documents].
+        Raises: InputError naming the folder of a damaged array.
+        """
+        return self._table(0, self.counts.documents)[:, 1]
+
+    def _table(self, first: int, last: int) -> np.ndarray:
         try:
-            table = open_array(folder, 0).read().result()
+            table: np.ndarray = self._documents[first:last].read().result()
         except ValueError as error:
-            raise InputError(f"{folder} is damaged", got=str(error), fix="build the store again") from error
-        return table[:, 0], table[:, 1]
+            raise self._unreadable("documents", error) from error
+        return table
+
+    @cached_property
+    def _documents(self) -> Any:
+        try:
+            return open_array(self.folder / "documents", 0)
+        except ValueError as error:
+            raise self._unreadable("documents", error) from error
+
+    def _unreadable(self, name: str, error: ValueError) -> InputError:
+        return InputError(f"{self.folder / name} is damaged", got=str(error), fix="build the store again")
 
     @cached_property
     def _tokens(self) -> Any:
-        folder = self.folder / "tokens"
         try:
-            return open_array(folder, self.cache_bytes)
+            return open_array(self.folder / "tokens", self.cache_bytes)
         except ValueError as error:
-            raise InputError(f"{folder} is damaged", got=str(error), fix="build the store again") from error
+            raise self._unreadable("tokens", error) from error
 
     def _damage(self, start: int, length: int, error: ValueError) -> InputError:
         """Find the shard that cannot be read, by reading each that the window touches."""
@@ -123,8 +155,8 @@ class Store:
         record = self.manifest.tokenizer
         return load_tokenizer(self.path / "tokenizer" / record.files[0], separator=record.separator_token)
 
-    def split(self, name: str) -> Split:
-        """Return the split `train` or `validation`.
+    def split(self, name: str, *, cache_bytes: int | None = None) -> Split:
+        """Return the split `train` or `validation`, with a cache of chunks like the store's or of its own.
 
         Raises: InputError for another name.
         """
@@ -134,7 +166,7 @@ class Store:
             self.path / name,
             self.manifest.splits[name],
             self.manifest.settings.layout.shard_tokens,
-            self.cache_bytes,
+            self.cache_bytes if cache_bytes is None else cache_bytes,
         )
 
     def verify(self, split: str | None = None) -> None:

@@ -2,66 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from mosaicjax.data.order import WINDOW_PLACES, Mix, Order, order_seed
+from mosaicjax.data.rows import Batch, Held, Packed, Rows
 from mosaicjax.data.store import Split
 from mosaicjax.errors import InputError
 
-Batch = dict[str, np.ndarray]
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
-class TokenStore:
-    """The data of a recipe: where a token store lies, and whether the documents of a row see each other.
+class Drawn:
+    """A domain of a stream: its rows, and how many of every so many come from it."""
 
-    With `isolate` each document of a row is a segment of its own and its positions begin at 0.
-    """
-
-    path: str
-    isolate: bool = False
-
-
-class RowStarts:
-    """A random-access source of the rows of an epoch: row i is where its first token lies, `i * seq`."""
-
-    def __init__(self, tokens: int, seq: int) -> None:
-        self.rows = (tokens - 1) // seq
-        self.seq = seq
-
-    def __len__(self) -> int:
-        """Return how many whole rows there are."""
-        return self.rows
-
-    def __getitem__(self, row: int) -> int:
-        """Return the position of the row's first token."""
-        return int(row) * self.seq
+    name: str
+    rows: Rows
+    weight: int
 
 
 class Stream:
-    """The training batches of a split, endlessly, in an order that depends on (seed, step) alone.
+    """The training batches of one or more splits, endlessly, in an order that depends on (seed, step) alone.
 
-    Row i of an epoch predicts tokens `i * seq + 1` to `(i + 1) * seq` from those before them; up to `seq - 1`
-    targets at the end of the split belong to no row. Every epoch has its own order of the rows, and epochs
-    follow one another without a gap: a batch may straddle two. `skips` are data steps left out, in order: the
-    n-th step of training reads the n-th data step that is not among them.
+    Every epoch of a domain has its own order of the rows (see `Order`), and epochs follow one another without
+    a gap: a batch may straddle two. Several domains are mixed row by row (see `Mix`). `skips` are data steps
+    left out, in order: the n-th step of training reads the n-th data step that is not among them.
 
-    With `isolate`, a separator begins the segment of the document after it and is the last target of the
-    document before it: the first token of a document is predicted from the separator alone, its end from all
-    of the document. Otherwise a row is one segment.
+    With `isolate` each document of a row is a segment of its own: a separator begins the segment of the
+    document after it and is the last target of the document before it, so that the first token of a document
+    is predicted from the separator alone, its end from all of the document. Otherwise a row is one segment.
     """
 
     def __init__(
         self,
-        split: Split,
+        drawn: Sequence[Drawn],
         *,
         separator: int,
         seq: int,
@@ -72,30 +51,35 @@ class Stream:
     ) -> None:
         """Prepare the order of rows; nothing is read.
 
-        Raises: InputError for a split shorter than one row, or skips that are not increasing.
+        Raises: InputError for a domain without rows, or skips that are not increasing.
         """
-        import grain
-
-        source = RowStarts(len(split), seq)
-        if len(source) == 0:
-            raise InputError(
-                f"{split.folder} is shorter than one row",
-                expected=f"at least {seq + 1} tokens",
-                got=len(split),
-                fix="more documents, or a shorter sequence",
-            )
         if list(skips) != sorted(set(skips)) or any(step < 0 for step in skips):
             raise InputError(
                 "skipped steps are out of order", expected="increasing steps from 0 on", got=skips
             )
-        self.split = split
+        self.drawn = tuple(drawn)
         self.separator = separator
         self.seq = seq
         self.batch = batch
-        self.rows_per_epoch = len(source)
+        self.seed = seed
         self.skips = skips
         self.isolate = isolate
-        self._starts = grain.MapDataset.source(source).shuffle(order_seed(seed)).repeat()
+        self._mix = Mix([domain.weight for domain in drawn], seed)
+        self._orders = [
+            Order(
+                len(domain.rows),
+                domain.rows.per_place,
+                order_seed(seed, domain.name),
+                window=-(-WINDOW_PLACES * domain.weight // self._mix.total),
+            )
+            for domain in drawn
+        ]
+        self._places = _Places(drawn, self._orders)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all domains together."""
+        return sum(order.rows for order in self._orders)
 
     def data_step(self, step: int) -> int:
         """Return the data step that a step of training reads."""
@@ -106,40 +90,127 @@ class Stream:
     def rows(self, step: int, rows: Sequence[int]) -> Batch:
         """Read any rows of a training step's global batch; all reads are issued before one is waited for.
 
-        Shapes: `tokens`, `targets`, `segments`, `positions` int32 and `weights` float32, each [len(rows),
-        seq]. Raises: InputError naming a damaged shard.
+        Shapes: `tokens` and `targets` int32 and `weights` float32, [len(rows), seq]; `domain` int32
+        [len(rows)], a number among the stream's; with `isolate` also `segments` and `positions`, int32
+        [len(rows), seq].
+        Raises: InputError naming a damaged shard.
         """
-        first = self.data_step(step) * self.batch
         assert all(0 <= row < self.batch for row in rows), (rows, self.batch)
-        starts = [self._starts[first + int(row)] for row in rows]
-        windows = self.split.tokens(starts, self.seq + 1)
-        return make_batch(windows, np.full(len(starts), self.seq), self.separator, self.isolate)
+        chosen = np.asarray(rows, np.int64)
+        domains, numbers = self._samples(self.data_step(step) * self.batch, chosen)
+        places, found = np.empty_like(numbers), np.empty_like(numbers)
+        for domain in np.unique(domains):
+            mine = domains == domain
+            places[mine], found[mine] = self._orders[domain].find(numbers[mine])
+        batch = self._blank(len(chosen))
+        where = list(zip(domains.tolist(), places.tolist(), strict=True))
+        with self._places.read(set(where)) as held:
+            for i, (key, row) in enumerate(zip(where, found.tolist(), strict=True)):
+                held[key].copy(row, batch, i)
+        if "segments" in batch or not self.isolate:
+            return batch | {"domain": domains.astype(np.int32)}
+        found_documents = documents_of(batch["tokens"], self.separator)
+        return batch | found_documents | {"domain": domains.astype(np.int32)}
+
+    def _blank(self, rows: int) -> Batch:
+        """Arrays for rows to be written into: packed ones may leave places empty."""
+        shape = (rows, self.seq)
+        if not any(isinstance(domain.rows, Packed) for domain in self.drawn):
+            batch = {name: np.empty(shape, np.int32) for name in ("tokens", "targets")}
+            return batch | {"weights": np.broadcast_to(np.float32(1.0), shape)}
+        batch = {name: np.full(shape, self.separator, np.int32) for name in ("tokens", "targets")}
+        batch |= {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
+        return batch | {"weights": np.zeros(shape, np.float32)}
+
+    def _samples(self, first: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The domains of a batch's rows, and which of the domain's samples each is.
+
+        Shapes: int64 [rows] each.
+        """
+        if len(self._orders) == 1:
+            return np.zeros_like(rows), first + rows
+        of_batch = self._mix.domains(first, self.batch)
+        numbers = np.empty_like(of_batch)
+        for domain, before in enumerate(self._mix.counts(first)):
+            mine = np.flatnonzero(of_batch == domain)
+            numbers[mine] = before + np.arange(len(mine))
+        return of_batch[rows], numbers[rows]
+
+
+class _Places:
+    """Places read whole and kept, those used last, as many as the windows of all domains have."""
+
+    def __init__(self, drawn: Sequence[Drawn], orders: Sequence[Order]) -> None:
+        self._rows = [domain.rows for domain in drawn]
+        self._orders = orders
+        self._most = sum(min(order.places, order.window) for order in orders)
+        self._held: OrderedDict[tuple[int, int], Held] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def read(self, wanted: Iterable[tuple[int, int]]) -> Iterator[Mapping[tuple[int, int], Held]]:
+        """Have these places, by domain and number, for a while; afterwards those used longest ago go.
+
+        Raises: InputError naming a damaged shard.
+        """
+        with self._lock:
+            self._fetch(wanted)
+            yield self._held
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)
+
+    def _fetch(self, wanted: Iterable[tuple[int, int]]) -> None:
+        missing: dict[int, list[int]] = {}
+        for key in wanted:
+            if key in self._held:
+                self._held.move_to_end(key)
+            else:
+                missing.setdefault(key[0], []).append(key[1])
+        begun = {}
+        for number, places in missing.items():
+            order = self._orders[number]
+            spans = [(order.first_row(place), order.first_row(place + 1)) for place in places]
+            begun[number] = self._rows[number].read(spans)
+        for number, places in missing.items():
+            for place, rows in zip(places, begun[number](), strict=True):
+                self._held[number, place] = rows
 
 
 class HeldOut:
-    """The rows of a split in order, for evaluation: every token but the first is a target exactly once.
+    """The rows of one or more splits in order, for evaluation: each token but their first is a target once.
 
-    The last row is filled up with separators of weight 0 and segment 0. For `isolate` see `Stream`.
+    A split's last row is filled up with separators of weight 0 and segment 0. For `isolate` see `Stream`.
     """
 
-    def __init__(self, split: Split, *, separator: int, seq: int, isolate: bool = False) -> None:
-        """Count the rows; nothing is read.
+    def __init__(
+        self, splits: Mapping[str, Split], *, separator: int, seq: int, isolate: bool = False
+    ) -> None:
+        """Count the rows of splits by the name of their domain; nothing is read.
 
-        Raises: InputError for a split without documents.
+        Raises: InputError for splits without documents.
         """
-        if split.counts.documents == 0:
+        self.names = tuple(splits)
+        self.splits = tuple(splits.values())
+        if sum(split.counts.documents for split in self.splits) == 0:
             raise InputError(
-                f"{split.folder} holds no documents",
+                f"{' and '.join(str(split.folder) for split in self.splits)} holds no documents",
                 fix="a store of more documents (a .txt is one), a larger --held-out, or --eval.every 0",
             )
-        self.split = split
         self.separator = separator
         self.seq = seq
         self.isolate = isolate
+        self._ends = np.cumsum([-(-(len(split) - 1) // seq) for split in self.splits])
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return -(-(len(self.split) - 1) // self.seq)
+        return int(self._ends[-1])
+
+    def domains(self, indices: Sequence[int]) -> np.ndarray:
+        """The number of the domain of each of these rows.
+
+        Shapes: int64 [indices].
+        """
+        return np.searchsorted(self._ends, np.array(indices, np.int64), side="right")
 
     def rows(self, indices: Sequence[int]) -> Batch:
         """Read rows by number.
@@ -148,115 +219,41 @@ class HeldOut:
         Raises: InputError naming a damaged shard.
         """
         assert all(0 <= index < len(self) for index in indices), (indices, len(self))
-        starts = np.array([int(index) * self.seq for index in indices], np.int64)
-        lengths = np.minimum(self.seq, len(self.split) - 1 - starts)
-        windows = np.full((len(starts), self.seq + 1), self.separator, np.int32)
-        whole = lengths == self.seq
-        windows[whole] = self.split.tokens(starts[whole], self.seq + 1)
-        for row in np.flatnonzero(~whole):
-            length = int(lengths[row]) + 1
-            windows[row, :length] = self.split.tokens([starts[row]], length)[0]
-        return make_batch(windows, lengths, self.separator, self.isolate)
+        chosen = np.array(indices, np.int64)
+        domains = self.domains(indices)
+        windows = np.full((len(chosen), self.seq + 1), self.separator, np.int32)
+        lengths = np.zeros(len(chosen), np.int64)
+        for number, split in enumerate(self.splits):
+            mine = np.flatnonzero(domains == number)
+            before = self._ends[number - 1] if number else 0
+            spans = [
+                (int(row), min(int(row) + self.seq + 1, len(split)))
+                for row in (chosen[mine] - before) * self.seq
+            ]
+            for row, tokens in zip(mine, split.read(spans)(), strict=True):
+                windows[row, : len(tokens)] = tokens
+                lengths[row] = len(tokens) - 1
+        tokens = windows[:, :-1]
+        inside = np.arange(self.seq) < lengths[:, None]
+        batch = {
+            "tokens": np.ascontiguousarray(tokens),
+            "targets": np.ascontiguousarray(windows[:, 1:]),
+            "weights": inside.astype(np.float32),
+            "domain": domains.astype(np.int32),
+        }
+        if self.isolate:
+            found = documents_of(tokens, self.separator)
+            batch |= {name: np.where(inside, array, 0).astype(np.int32) for name, array in found.items()}
+        return batch
 
 
-def order_seed(seed: int) -> int:
-    """Return the seed of the order of rows.
+def documents_of(tokens: np.ndarray, separator: int) -> Batch:
+    """Which document of its row each token belongs to, and where in it: a separator begins a document.
 
-    Grain adds the epoch to its seed: unhashed, the second epoch of seed 0 would be the first of seed 1.
+    Shapes: `tokens`, and `segments` and `positions` int32, [rows, seq]; segments count from 1.
     """
-    return int.from_bytes(hashlib.blake2b(f"rows/{seed}".encode(), digest_size=4).digest(), "big")
-
-
-def make_batch(windows: np.ndarray, lengths: np.ndarray, separator: int, isolate: bool) -> Batch:
-    """Cut windows of tokens into inputs and targets; row i has `lengths[i]` targets, and padding after them.
-
-    Shapes: windows int32 [rows, seq + 1], lengths [rows]; the batch's arrays [rows, seq].
-    """
-    tokens = windows[:, :-1]
     place = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    inside = place < lengths[:, None]
-    if isolate:
-        begins = tokens == separator
-        begins[:, 0] = True
-        segments = np.cumsum(begins, axis=1, dtype=np.int32)
-        positions = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
-    else:
-        segments = np.ones_like(tokens)
-        positions = place
-    return {
-        "tokens": np.ascontiguousarray(tokens),
-        "targets": np.ascontiguousarray(windows[:, 1:]),
-        "weights": inside.astype(np.float32),
-        "segments": np.where(inside, segments, 0).astype(np.int32),
-        "positions": np.where(inside, positions, 0).astype(np.int32),
-    }
-
-
-class Prefetch(Generic[Result]):
-    """Reads ahead in a thread: results of `read(start)`, `read(start + 1)`, ..., at most `ahead` at a time.
-
-    What `read` raises is raised by the `get` of its step, and nothing is read after it. Use as a context
-    manager, or call `close`.
-    """
-
-    def __init__(self, read: Callable[[int], Result], start: int, *, ahead: int = 2) -> None:
-        assert ahead >= 1, ahead
-        self._read = read
-        self._next = start
-        self._ahead = ahead
-        self._ready: deque[tuple[Result | None, BaseException | None]] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, args=(start,), name="prefetch", daemon=True)
-        self._thread.start()
-
-    def get(self, step: int) -> Result:
-        """Return the result of a step: the first is `start`, each later one the next, none twice.
-
-        Raises: whatever `read` raised for this step.
-        """
-        assert step == self._next, f"expected step {self._next}, got {step}"
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._closed)
-            assert not self._closed, "closed"
-            result, error = self._ready[0]
-            if error is not None:
-                raise error
-            self._ready.popleft()
-            self._changed.notify_all()
-        self._next += 1
-        return result  # type: ignore[return-value]
-
-    def close(self) -> None:
-        """Stop reading and wait for the read under way; closing twice is allowed."""
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        self._thread.join()
-
-    def __enter__(self) -> Prefetch[Result]:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        """Close."""
-        self.close()
-
-    def _run(self, step: int) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._ready) < self._ahead or self._closed)
-                if self._closed:
-                    return
-            outcome: tuple[Result | None, BaseException | None]
-            try:
-                outcome = (self._read(step), None)
-            except BaseException as error:  # handed to the thread that asks for this step
-                outcome = (None, error)
-            with self._changed:
-                self._ready.append(outcome)
-                self._changed.notify_all()
-            if outcome[1] is not None:
-                return
-            step += 1
+    begins = tokens == separator
+    begins[:, 0] = True
+    positions = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    return {"segments": np.cumsum(begins, axis=1, dtype=np.int32), "positions": positions}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from mosaicjax.data.store import Store
 
@@ -26,15 +25,14 @@ class Compressed:
         return self.bits / self.text_bytes
 
 
-def gzip_held_out(store: Store) -> Compressed:
+def gzip_held_out(stores: Sequence[Store]) -> Compressed:
     """`gzip -9` of each held-out document, headers included."""
-    split = store.split("validation")
-    starts, _ = split.documents()
-    ends = np.append(starts[1:] - 1, len(split) - 1)
-    text_bytes = bits = 0
-    for start, end in zip(starts, ends, strict=True):
-        tokens = split.tokens([int(start)], int(end - start))[0]
-        document = store.tokenizer.decode_bytes(tokens.tolist())
-        text_bytes += len(document)
-        bits += 8 * len(gzip.compress(document, GZIP_LEVEL, mtime=0))
-    return Compressed(len(starts), text_bytes, bits)
+    documents = text_bytes = bits = 0
+    for store in stores:
+        split = store.split("validation")
+        documents += split.counts.documents
+        for start, end in split.spans().tolist():
+            document = store.tokenizer.decode_bytes(split.tokens(start, end).tolist())
+            text_bytes += len(document)
+            bits += 8 * len(gzip.compress(document, GZIP_LEVEL, mtime=0))
+    return Compressed(documents, text_bytes, bits)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,11 +26,15 @@ from mosaicjax.spec import Dtypes
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over target tokens: nats, tokens, and the bytes of text that they stand for."""
+    """Sums over target tokens: nats, tokens, and the bytes of text that they stand for.
+
+    `parts` are those of each domain, by name, where there is more than one.
+    """
 
     nats: float
     tokens: int
     text_bytes: int
+    parts: Mapping[str, Loss] = field(default_factory=dict)
 
     @property
     def per_token(self) -> float:
@@ -45,7 +49,11 @@ class Loss:
     def metrics(self) -> dict[str, float | int]:
         """What a row of metrics says of it."""
         values = {"loss": self.per_token, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
-        return {**values, "perplexity": math.exp(min(self.per_token, 700.0))}
+        values["perplexity"] = math.exp(min(self.per_token, 700.0))
+        for name, part in self.parts.items():
+            if part.tokens:
+                values |= {f"loss/{name}": part.per_token, f"bits_per_byte/{name}": part.bits_per_byte}
+        return values
 
 
 class Evaluator:
@@ -94,14 +102,15 @@ class Evaluator:
         return {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, **packed}
 
     def _sums(self, weights: Any, batch: Batch, sizes_V: Array) -> tuple[Array, Array, Array]:
+        """Of each row: nats, target tokens, and bytes of their text."""
         context = self._loss.context(batch, self.layout)
         x_BLD = self._loss.decoder.embed(weights, batch["tokens"], context)
         hidden_BLD = self._loss.decoder.hidden(weights, x_BLD, context).hidden_BLD
         terms = self._loss.terms(weights, hidden_BLD, batch, context)
         counted_BL = (batch["weights"] > 0).astype(jnp.int32)
-        text_bytes = jnp.sum(jnp.take(sizes_V, batch["targets"], mode="clip") * counted_BL)
+        bytes_B = jnp.sum(jnp.take(sizes_V, batch["targets"], mode="clip") * counted_BL, axis=1)
         out = NamedSharding(self.layout.mesh, P())
-        sums = (terms.nll, jnp.sum(counted_BL), text_bytes)
+        sums = (terms.nll_B, jnp.sum(counted_BL, axis=1), bytes_B)
         return jax.tree.map(lambda total: jax.lax.with_sharding_constraint(total, out), sums)
 
     def chosen(self, rows: int) -> list[int]:
@@ -116,12 +125,20 @@ class Evaluator:
             InputError: a damaged shard, on every process.
         """
         chosen = self.chosen(rows)
-        nats, tokens, text_bytes = 0.0, 0, 0
+        names = self.held_out.names
+        totals = np.zeros((3, len(names)), np.float64)
         for first in range(0, len(chosen), self.rows):
-            batch = self._batch(chosen[first : first + self.rows])
-            sums = jax.device_get(self._compiled(weights, batch))
-            nats, tokens, text_bytes = nats + float(sums[0]), tokens + int(sums[1]), text_bytes + int(sums[2])
-        return Loss(nats, tokens, text_bytes)
+            some = chosen[first : first + self.rows]
+            sums = jax.device_get(self._compiled(weights, self._batch(some)))
+            domains = self.held_out.domains(some)
+            for total, row_sums in zip(totals, sums, strict=True):
+                np.add.at(total, domains, row_sums[: len(some)])
+
+        def loss(nats: float, tokens: float, text_bytes: float, **parts: Any) -> Loss:
+            return Loss(float(nats), int(tokens), int(text_bytes), **parts)
+
+        parts = {name: loss(*totals[:, domain]) for domain, name in enumerate(names)}
+        return loss(*totals.sum(axis=1), parts=parts if len(parts) > 1 else {})
 
     def _batch(self, chosen: Sequence[int]) -> dict[str, Array]:
         """Held-out rows on the devices; what is missing to a whole batch has weight 0."""

@@ -66,7 +66,7 @@ def _trained(origin: Origin, history: Trained) -> dict[str, str]:
     hardware, devices = ended.get("hardware") or {}, ran.get("devices") or {}
     seconds = (ended.get("seconds") or {}).get("total")
     return {
-        "Data": f"token store {recipe.data.path}",
+        "Data": ", ".join(f"token store {path}" for path in recipe.data.stores().values()),
         "Digest of the training tokens": str(ran.get("data", "")),
         "Trained on": "" if tokens is None else f"{tokens:,} tokens",
         "Steps": f"{origin.step:,} of {recipe.batch:,} rows of {recipe.seq:,} tokens",

@@ -112,9 +112,14 @@ def test_store_is_what_the_definition_says(
     store = Store.open(folder / "store", verify=True)
     for name, (tokens, starts, lengths) in expected.items():
         split = store.split(name)
-        assert split.tokens([0], len(split))[0].tolist() == tokens
-        found_starts, found_lengths = split.documents()
-        assert (found_starts.tolist(), found_lengths.tolist()) == (starts, lengths)
+        assert split.tokens(0, len(split)).tolist() == tokens
+        spans = split.spans().tolist()
+        assert [first for first, _ in spans] == starts
+        ends = [*(start - 1 for start in starts[1:]), len(tokens) - 1]
+        assert [last for _, last in spans] == ends[: len(starts)]
+        some = len(starts) // 2
+        assert split.spans(some // 2, some).tolist() == spans[some // 2 : some]
+        assert split.document_bytes().tolist() == lengths
         counts = manifest.splits[name]
         assert (counts.documents, counts.tokens, counts.bytes) == (len(starts), len(tokens), sum(lengths))
         assert store.tokenizer.token_bytes[tokens].sum() == sum(lengths)

@@ -119,10 +119,7 @@ def stores(rows, fim_tokenizer, tmp_path_factory):
 
 def documents(store, name):
     split = store.split(name)
-    starts, sizes = split.documents()
-    ends = np.append(starts[1:] - 1, len(split) - 1)
-    whole = [split.tokens([s], int(e - s))[0].tolist() for s, e in zip(starts.tolist(), ends, strict=True)]
-    return whole, sizes.tolist()
+    return [split.tokens(*span).tolist() for span in split.spans().tolist()], split.document_bytes().tolist()
 
 
 def test_a_store_of_it(rows, stores, fim_tokenizer):

@@ -12,7 +12,7 @@ def make_table(lengths):
     tokens = np.array(lengths, np.int64)
     start = np.array([1 + sum(lengths[:i]) + i for i in range(len(lengths))], np.int64)
     number = np.arange(len(lengths))
-    return Table(part=number % 2, offset=number * 100, start=start, tokens=tokens, bytes=tokens)
+    return Table(part=number % 2, offset=number * 100, start=start, tokens=tokens, bytes=tokens, fim=tokens)
 
 
 @given(lengths=st.lists(st.integers(0, 4), max_size=8), data=st.data())
@@ -54,4 +54,4 @@ def test_shards_join_to_the_whole(lengths, size, tmp_path_factory):
         )
         write_shard(shard)
     split = Split(folder, table.counts, size, CACHE_BYTES)
-    assert split.tokens([0], total)[0].tolist() == expected
+    assert split.tokens(0, total).tolist() == expected

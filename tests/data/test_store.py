@@ -55,14 +55,19 @@ def split(numbers, tmp_path_factory, write_split):
     return write_split(tmp_path_factory.mktemp("windows"), numbers, shard_tokens=SHARD)
 
 
+def spans(split, starts, length):
+    """Windows of one length, read side by side."""
+    return split.read([(start, start + length) for start in starts])()
+
+
 @given(data=st.data())
 def test_windows_are_those_of_the_array(data, numbers, split):
     length = data.draw(st.integers(1, 3_000) | st.sampled_from([CHUNK_TOKENS, SHARD + 1]))
     edges = [place - length // 2 for place in (CHUNK_TOKENS, SHARD, 3 * SHARD)]
     start = st.integers(0, len(numbers) - length) | st.sampled_from([edge for edge in edges if edge >= 0])
     starts = [min(start, len(numbers) - length) for start in data.draw(st.lists(start, max_size=5))]
-    rows = split.tokens(starts, length)
-    assert rows.dtype == np.int32 and rows.shape == (len(starts), length)
+    rows = spans(split, starts, length)
+    assert [(row.dtype, len(row)) for row in rows] == [(np.uint16, length)] * len(starts)
     for row, place in zip(rows, starts, strict=True):
         assert row.tolist() == numbers[place : place + length].tolist()
 
@@ -99,13 +104,13 @@ def test_flipped_byte_names_the_shard(store, shard):
     flip(path, 1_000)
     split = Store.open(store).split("train")
     fine = [place * SHARD for place in range(3) if place != shard]
-    assert split.tokens(fine, 10).shape == (2, 10)
+    assert [len(tokens) for tokens in spans(split, fine, 10)] == [10, 10]
     with pytest.raises(InputError, match=rf"shard {path} is damaged"):
-        split.tokens([*fine, shard * SHARD + 5], 10)
+        spans(split, [*fine, shard * SHARD + 5], 10)
     # a window that begins in the shard before, or ends in the one after
     start = shard * SHARD - 5 if shard else SHARD - CHUNK_TOKENS - 5
     with pytest.raises(InputError, match=rf"shard {path} is damaged"):
-        split.tokens([start if shard else 0], 10 if shard else SHARD + 10)
+        spans(split, [start if shard else 0], 10 if shard else SHARD + 10)
     with pytest.raises(InputError, match=rf"{path} is damaged; expected SHA-256"):
         Store.open(store).verify("train")
     Store.open(store).verify("validation")
@@ -120,7 +125,7 @@ def test_no_flipped_byte_is_read(place, tmp_path_factory, write_split, numbers):
     path = shard_file(folder / "tokens", place % 2)
     flip(path, place // 2 % path.stat().st_size)
     with pytest.raises(InputError, match=f"{path} is damaged"):
-        split.tokens([0], SHARD + 100)
+        split.tokens(0, SHARD + 100)
     shutil.rmtree(folder)
 
 
@@ -142,13 +147,13 @@ def test_shard_that_goes_missing_while_reading(store):
     path = shard_file(store / "train" / "tokens", 1)
     path.unlink()
     with pytest.raises(InputError, match=rf"shard {path} is damaged"):
-        split.tokens([SHARD], 10)
+        split.tokens(SHARD, SHARD + 10)
 
 
 def test_damaged_documents_are_named(store):
     flip(store / "train" / "documents" / "c" / "0" / "0", 50)
     with pytest.raises(InputError, match="train/documents is damaged"):
-        Store.open(store).split("train").documents()
+        Store.open(store).split("train").spans()
 
 
 def test_directories_that_are_no_store(store, tmp_path):

@@ -1,16 +1,14 @@
-import os
-import threading
-from collections import Counter
-
 import numpy as np
 import pytest
-from grain.experimental import index_shuffle
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaicjax.data.arrays import CHUNK_TOKENS
-from mosaicjax.data.stream import HeldOut, Prefetch, Stream, TokenStore, order_seed
+from mosaicjax.data.order import Order, order_seed
+from mosaicjax.data.rows import PLACE_TOKENS, Contiguous
+from mosaicjax.data.stream import Drawn, HeldOut, Stream
 from mosaicjax.errors import InputError
+from tests.data.naive_order import naive_domains, naive_order
 
 SEPARATOR = 7
 
@@ -53,10 +51,9 @@ def naive_row(tokens, start, length, seq, isolate):
     return row
 
 
-def naive_order(rows, seed, epoch):
-    """Grain's permutation of one epoch."""
-    shuffled = (order_seed(seed) + epoch) % 2**32
-    return [index_shuffle(row, max_index=rows - 1, seed=shuffled, rounds=4) for row in range(rows)]
+def alone(split, **options):
+    """A stream of one domain."""
+    return Stream([Drawn("", Contiguous(split, options["seq"]), 1)], **options)
 
 
 def as_lists(batch):
@@ -77,7 +74,7 @@ def transposed(rows):
 )
 def test_rows_are_those_of_a_naive_stream(make_split, text, batch, seed, skips, isolate, data):
     tokens, seq = text
-    stream = Stream(
+    stream = alone(
         make_split(tokens),
         separator=SEPARATOR,
         seq=seq,
@@ -89,13 +86,15 @@ def test_rows_are_those_of_a_naive_stream(make_split, text, batch, seed, skips, 
     per_epoch = (len(tokens) - 1) // seq
     steps = 12
     epochs = steps * batch // per_epoch + 1
-    order = [row for epoch in range(epochs) for row in naive_order(per_epoch, seed, epoch)]
+    order = [row for epoch in range(epochs) for row in naive_order(per_epoch, seq, seed, epoch)]
     batches = [order[step * batch : (step + 1) * batch] for step in range(steps) if step not in skips]
     # any step first, any rows of it, some of them twice
     for step in data.draw(st.permutations(range(len(batches)))):
         rows = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4))
         expected = [naive_row(tokens, batches[step][row] * seq, seq, seq, isolate) for row in rows]
-        assert as_lists(stream.rows(step, rows)) == transposed(expected)
+        got = as_lists(stream.rows(step, rows))
+        assert set(got) == {"domain", "tokens", "targets", "weights", *(("segments", "positions") * isolate)}
+        assert got == {name: (transposed(expected) | {"domain": [0] * len(rows)})[name] for name in got}
 
 
 @given(
@@ -103,7 +102,7 @@ def test_rows_are_those_of_a_naive_stream(make_split, text, batch, seed, skips, 
 )
 def test_every_epoch_has_each_row_once(make_split, rows, batch, seed, epochs):
     split = make_split(np.arange(301))
-    stream = Stream(split, separator=SEPARATOR, seq=300 // rows, batch=batch, seed=seed)
+    stream = alone(split, separator=SEPARATOR, seq=300 // rows, batch=batch, seed=seed)
     per_epoch = stream.rows_per_epoch
     assert per_epoch == 300 // (300 // rows)
     steps = -(-epochs * per_epoch // batch)
@@ -115,7 +114,7 @@ def test_every_epoch_has_each_row_once(make_split, rows, batch, seed, epochs):
 
 def test_seeds_and_epochs_have_orders_of_their_own(make_split):
     def order(seed, epoch):
-        stream = Stream(make_split(np.arange(301)), separator=SEPARATOR, seq=1, batch=300, seed=seed)
+        stream = alone(make_split(np.arange(301)), separator=SEPARATOR, seq=1, batch=300, seed=seed)
         return tuple(stream.rows(epoch, range(300))["tokens"][:, 0])
 
     orders = {order(seed, epoch) for seed in range(4) for epoch in range(4)}
@@ -123,18 +122,36 @@ def test_seeds_and_epochs_have_orders_of_their_own(make_split):
     assert tuple(range(300)) not in orders
 
 
-def test_a_batch_comes_from_many_places(make_split):
-    """The rows of a batch lie as far apart as those of a fair draw: in the mean a third of the whole."""
-    stream = Stream(make_split(np.arange(4_097)), separator=1, seq=1, batch=64, seed=3)
-    gaps = [np.abs(np.diff(stream.rows(step, range(64))["tokens"][:, 0])).mean() for step in range(20)]
-    assert abs(np.mean(gaps) / 4_096 - 1 / 3) < 0.03
+@given(
+    rows=st.integers(64, 40_000),
+    seq=st.sampled_from([7, 100, 128, 3_000]),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_a_batch_comes_from_at_least_64_places(rows, seq, seed, data):
+    """Wherever a batch of 256 rows begins, in an epoch or over the end of one; fewer rows are all apart."""
+    order = Order(rows, PLACE_TOKENS // seq, order_seed(seed))
+    for batch in (256, 64):
+        first = data.draw(st.integers(0, 3 * rows))
+        places, _ = order.find(np.arange(first, first + batch))
+        # at the seam of two windows a place may come twice
+        assert len(set(places.tolist())) >= min(64, order.places) - (batch == 64) * 32
+
+
+def test_chunks_of_a_batch(make_split):
+    """A hand count on a store of 300 chunks: 960 rows of 2,048 come from 64 chunks or more."""
+    order = Order(300 * 32, 32, order_seed(5))
+    assert (order.places, order.rows_per_place) == (300, 32)
+    for first in range(0, 3 * order.rows, 960):
+        _, rows = order.find(np.arange(first, first + 960))
+        assert len(set((rows // 32).tolist())) >= 64
 
 
 def test_isolation_by_hand(make_split):
     split = make_split([7, 11, 12, 7, 21, 7, 31, 32, 33, 7])
     (row,) = [
         {name: array[0].tolist() for name, array in stream.rows(0, [0]).items()}
-        for stream in [Stream(split, separator=7, seq=9, batch=1, seed=0, isolate=True)]
+        for stream in [alone(split, separator=7, seq=9, batch=1, seed=0, isolate=True)]
     ]
     assert row == {
         "tokens": [7, 11, 12, 7, 21, 7, 31, 32, 33],
@@ -142,49 +159,108 @@ def test_isolation_by_hand(make_split):
         "weights": [1.0] * 9,
         "segments": [1, 1, 1, 2, 2, 3, 3, 3, 3],
         "positions": [0, 1, 2, 0, 1, 0, 1, 2, 3],
+        "domain": 0,
     }
 
 
 @given(text=tokens_and_seq(), isolate=st.booleans(), data=st.data())
 def test_held_out_has_every_target_once(make_split, text, isolate, data):
     tokens, seq = text
-    held_out = HeldOut(make_split(tokens), separator=SEPARATOR, seq=seq, isolate=isolate)
+    held_out = HeldOut({"": make_split(tokens)}, separator=SEPARATOR, seq=seq, isolate=isolate)
     rows = range(len(held_out))
     batch = held_out.rows(rows)
     weighed = batch["weights"] == 1.0
     assert batch["targets"][weighed].tolist() == tokens[1:]
     assert batch["tokens"][weighed].tolist() == tokens[:-1]
-    assert ((batch["segments"] == 0) == ~weighed).all()
+    assert not isolate or ((batch["segments"] == 0) == ~weighed).all()
     assert batch["weights"].sum() == len(tokens) - 1
     lengths = [min(seq, len(tokens) - 1 - row * seq) for row in rows]
     some = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=5))
     expected = [naive_row(tokens, row * seq, lengths[row], seq, isolate) for row in some]
-    assert as_lists(held_out.rows(some)) == transposed(expected)
+    names = expected[0] if isolate else ("tokens", "targets", "weights")
+    got = as_lists(held_out.rows(some))
+    assert {name: got[name] for name in names} == {name: transposed(expected)[name] for name in names}
+    assert set(got) == {*names, "domain"} and got["domain"] == [0] * len(some)
+
+
+@given(texts=st.lists(st.integers(2, 40), min_size=2, max_size=4), seq=st.integers(1, 9), data=st.data())
+def test_held_out_rows_of_several_splits_follow_one_another(make_split, texts, seq, data):
+    splits = [make_split(range(length)) for length in texts]
+    together = HeldOut(dict(enumerate(splits)), separator=SEPARATOR, seq=seq)
+    each = [HeldOut({"": split}, separator=SEPARATOR, seq=seq) for split in splits]
+    numbered = [(domain, row) for domain, rows in enumerate(each) for row in range(len(rows))]
+    assert len(together) == len(numbered)
+    some = data.draw(st.lists(st.sampled_from(range(len(together))), min_size=1, max_size=6))
+    got = as_lists(together.rows(some))
+    for i, chosen in enumerate(some):
+        domain, row = numbered[chosen]
+        (expected,) = [each[domain].rows([row])]
+        assert got["domain"][i] == domain
+        for name in ("tokens", "targets", "weights"):
+            assert got[name][i] == expected[name][0].tolist()
+
+
+@given(
+    texts=st.lists(st.tuples(st.integers(20, 60), st.integers(1, 7)), min_size=2, max_size=5),
+    seq=st.integers(1, 5),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    skips=st.sets(st.integers(0, 5)),
+    data=st.data(),
+)
+def test_rows_of_several_domains(make_split, texts, seq, batch, seed, skips, data):
+    """Against whole lists: which domain each sample is of, and each domain's own endless order."""
+    splits = [make_split(np.arange(length) + 100 * i) for i, (length, _) in enumerate(texts)]
+    weights = [weight for _, weight in texts]
+    rows_of = [Contiguous(split, seq) for split in splits]
+    drawn = [Drawn(f"d{i}", *each) for i, each in enumerate(zip(rows_of, weights, strict=True))]
+    stream = Stream(
+        drawn, separator=SEPARATOR, seq=seq, batch=batch, seed=seed, skips=tuple(sorted(skips)), isolate=True
+    )
+    steps = 12
+    domains = naive_domains(weights, seed, steps * batch)
+    rows = []
+    counts = [0] * len(texts)
+    for domain in domains:
+        per_epoch = (texts[domain][0] - 1) // seq
+        epoch, number = divmod(counts[domain], per_epoch)
+        window = -(-128 * weights[domain] // sum(weights))
+        rows.append(naive_order(per_epoch, seq, seed, epoch, f"d{domain}", window)[number])
+        counts[domain] += 1
+    left = [step for step in range(steps) if step not in skips]
+    for step in data.draw(st.permutations(range(len(left)))):
+        chosen = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4))
+        samples = [left[step] * batch + row for row in chosen]
+        expected = []
+        for sample in samples:
+            tokens = [100 * domains[sample] + i for i in range(texts[domains[sample]][0])]
+            expected.append(naive_row(tokens, rows[sample] * seq, seq, seq, True))
+        wanted = transposed(expected) | {"domain": [domains[sample] for sample in samples]}
+        assert as_lists(stream.rows(step, chosen)) == wanted
 
 
 def test_types_and_shapes(make_split):
     split = make_split(np.arange(301))
     for batch in (
-        Stream(split, separator=1, seq=8, batch=4, seed=0).rows(5, [2, 0, 3]),
-        HeldOut(split, separator=1, seq=8).rows([0, 37, 1]),
+        alone(split, separator=1, seq=8, batch=4, seed=0, isolate=True).rows(5, [2, 0, 3]),
+        HeldOut({"": split}, separator=1, seq=8, isolate=True).rows([0, 37, 1]),
     ):
         kinds = {name: (array.dtype.name, array.shape) for name, array in batch.items()}
         integers = dict.fromkeys(("tokens", "targets", "segments", "positions"), ("int32", (3, 8)))
-        assert kinds == integers | {"weights": ("float32", (3, 8))}
-        assert all(array.flags.writeable and array.flags.c_contiguous for array in batch.values())
+        assert kinds == integers | {"weights": ("float32", (3, 8)), "domain": ("int32", (3,))}
 
 
 def test_streams_that_cannot_be(make_split):
     split = make_split([7, 1, 2, 3])
     options = {"separator": 7, "batch": 2, "seed": 0}
-    assert Stream(split, seq=3, **options).rows_per_epoch == 1
+    assert alone(split, seq=3, **options).rows_per_epoch == 1
     with pytest.raises(InputError, match="shorter than one row; expected at least 5 tokens; got 4"):
-        Stream(split, seq=4, **options)
+        alone(split, seq=4, **options)
     for skips in [(2, 1), (1, 1), (-1,)]:
         with pytest.raises(InputError, match="skipped steps are out of order"):
-            Stream(split, seq=3, skips=skips, **options)
+            alone(split, seq=3, skips=skips, **options)
     with pytest.raises(InputError, match="holds no documents"):
-        HeldOut(make_split([7], documents=0), separator=7, seq=3)
+        HeldOut({"": make_split([7], documents=0)}, separator=7, seq=3)
 
 
 def test_damage_is_named_by_the_stream(write_split, tmp_path):
@@ -194,84 +270,4 @@ def test_damage_is_named_by_the_stream(write_split, tmp_path):
     data[9] ^= 1
     path.write_bytes(data)
     with pytest.raises(InputError, match=f"shard {path} is damaged"):
-        Stream(split, separator=1, seq=100, batch=3, seed=0).rows(0, [0, 1, 2])
-
-
-def test_token_store_is_a_name():
-    assert TokenStore("nowhere") == TokenStore(path="nowhere", isolate=False)
-    assert not os.path.exists("nowhere")
-
-
-@settings(max_examples=20)
-@given(start=st.integers(0, 1_000), count=st.integers(0, 30), ahead=st.integers(1, 5))
-def test_prefetch_reads_each_step_once_and_in_order(start, count, ahead):
-    read = []
-
-    def square(step):
-        read.append(step)
-        return step**2
-
-    with Prefetch(square, start, ahead=ahead) as prefetch:
-        steps = range(start, start + count)
-        assert [prefetch.get(step) for step in steps] == [step**2 for step in steps]
-    assert read == list(range(start, start + len(read)))
-    assert count <= len(read) <= count + ahead + 1
-
-
-def test_prefetch_waits_for_room():
-    allowed, reads = threading.Semaphore(0), Counter()
-
-    def read(step):
-        reads[step] += 1
-        allowed.release()
-        return step
-
-    with Prefetch(read, 0, ahead=2) as prefetch:
-        allowed.acquire()
-        allowed.acquire()
-        # a third read would release a third time
-        assert not allowed.acquire(timeout=0.05)
-        assert prefetch.get(0) == 0
-        assert allowed.acquire(timeout=20)
-    assert reads == {0: 1, 1: 1, 2: 1}
-
-
-def test_prefetch_raises_at_the_step_it_belongs_to():
-    read = []
-
-    def fail(step):
-        read.append(step)
-        if step == 3:
-            raise InputError("shard 3 is damaged")
-        return step
-
-    with Prefetch(fail, 1, ahead=5) as prefetch:
-        assert [prefetch.get(1), prefetch.get(2)] == [1, 2]
-        for _ in range(2):
-            with pytest.raises(InputError, match="shard 3 is damaged"):
-                prefetch.get(3)
-    assert read == [1, 2, 3]
-
-
-def test_prefetch_closes_while_full_and_while_reading():
-    before = threading.active_count()
-    full = Prefetch(lambda step: step, 0, ahead=1)
-    assert full.get(0) == 0
-    full.close()
-    full.close()
-    reading, go_on = threading.Event(), threading.Event()
-
-    def slow(step):
-        reading.set()
-        assert go_on.wait(20)
-        return step
-
-    busy = Prefetch(slow, 0)
-    assert reading.wait(20)
-    closing = threading.Thread(target=busy.close)
-    closing.start()
-    go_on.set()
-    closing.join(20)
-    assert threading.active_count() == before
-    with pytest.raises(AssertionError, match="expected step 1, got 5"):
-        full.get(5)
+        alone(split, separator=1, seq=100, batch=3, seed=0).rows(0, [0, 1, 2])

@@ -16,7 +16,7 @@ def test_gzip_is_of_each_original_document(tiny_store):
     assert 10 < len(held_out) < 60
     bits = sum(8 * len(gzip.compress(document, 9)) for document in held_out)
     size = sum(map(len, held_out))
-    assert gzip_held_out(Store.open(tiny_store)) == Compressed(len(held_out), size, bits)
+    assert gzip_held_out([Store.open(tiny_store)]) == Compressed(len(held_out), size, bits)
 
 
 def test_bits_per_byte():

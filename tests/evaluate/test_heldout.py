@@ -33,7 +33,7 @@ def weights(tiny_run):
 
 def evaluator(opened, layout, rows, held_out=None):
     recipe, data, decoder = opened
-    sizes = data.store.tokenizer.token_bytes
+    sizes = data.tokenizer.token_bytes
     with tiny.quick():
         return Evaluator(decoder, layout, recipe.dtypes, held_out or data.held_out, sizes, rows)
 
@@ -49,8 +49,8 @@ def layout_of(devices):
 def naive(opened, weights, tokens_from_documents):
     """Nats and bytes, from the whole token array cut into rows by hand."""
     recipe, data, _ = opened
-    split = data.store.split("validation")
-    (tokens,) = split.tokens([0], len(split))
+    split = data.stores[0].split("validation")
+    tokens = split.tokens(0, len(split))
     nats = 0.0
     for start in range(0, len(tokens) - 1, recipe.seq):
         piece = tokens[start : start + recipe.seq + 1]

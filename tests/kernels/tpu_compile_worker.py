@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.kernels.decode_attention import decode_attention
 from mosaicjax.kernels.flash_attention import flash_attention
 from mosaicjax.kernels.flash_tpu import Tiling

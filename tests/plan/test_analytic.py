@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mosaicjax import cli
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.losses import CrossEntropy

@@ -11,7 +11,7 @@ pytestmark = [
 ]
 
 RECIPE = """
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.layers.attention import QkNorm
 from mosaicjax.layers.mlp import Glu
 from mosaicjax.layers.moe import Moe

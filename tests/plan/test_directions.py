@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 RECIPE = """
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.mesh import Mesh
 from mosaicjax.models import mistral
 from mosaicjax.models.decoder import Remat

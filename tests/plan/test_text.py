@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mosaicjax.data.stream import TokenStore
+from mosaicjax.data.mixture import TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.mesh import Mesh

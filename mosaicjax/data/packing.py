@@ -1,0 +1,112 @@
+"""Rows of whole documents: each region of a split is packed on its own, longest first, best fit.
+
+A document of n tokens has n + 1 places: its separator and its tokens, each predicting what comes next. One
+longer than a row is cut into pieces of whole rows and a rest. A region is a run of documents about as long as
+some hundred rows: it is packed again wherever it is read, and an index of how many rows each region has finds
+any row at once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mosaicjax.data.store import Split
+
+REGION_TOKENS = 2**18
+REGION_ROWS = 64
+
+
+def pieces_of(spans: np.ndarray, seq: int) -> np.ndarray:
+    """Where the pieces of documents begin, and how many targets each has, in the order of the documents.
+
+    Shapes: `spans` of the documents' own tokens, int64 [documents, 2]; the result int64 [pieces, 2].
+    """
+    starts, places = spans[:, 0], spans[:, 1] - spans[:, 0] + 1
+    count = -(-places // seq)
+    document = np.repeat(np.arange(len(starts)), count)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+    length = np.minimum(places[document] - number * seq, seq)
+    return np.stack([starts[document] - 1 + number * seq, length], axis=1)
+
+
+def best_fit(lengths: np.ndarray, seq: int) -> list[list[int]]:
+    """Rows of pieces, by number: the longest first, each into the row with the least room that it fits in.
+
+    Source: best-fit decreasing, Johnson 1973; for rows of documents Ding et al. 2024, arXiv 2404.10830.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # what is left of rows that are not full, in order
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[piece])
+        at = bisect_left(room, (length, 0))
+        if at < len(room):
+            left, row = room.pop(at)
+            rows[row].append(piece)
+        else:
+            left, row = seq, len(rows)
+            rows.append([piece])
+        if left > length:
+            insort(room, (left - length, row))
+    return rows
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the documents of a split lie in rows of `seq` targets.
+
+    Region r has the documents from number `documents[r]` and the rows from number `rows[r]` on; a last entry
+    has the totals. `waste` is the share of the rows' places that are empty.
+
+    Shapes: int64 [regions + 1] each.
+    """
+
+    split: Split
+    seq: int
+    documents: np.ndarray
+    rows: np.ndarray
+    waste: float
+
+    @classmethod
+    def of(cls, split: Split, seq: int, *, region: int = REGION_TOKENS) -> Packing:
+        """Pack all documents of a split: some seconds for every billion tokens.
+
+        Units: a region has about `region` tokens, or `REGION_ROWS` rows where those are more.
+
+        Raises: InputError naming a damaged array.
+        """
+        spans = split.spans()
+        starts = spans[:, 0]
+        bounds = np.arange(0, len(split), max(region, REGION_ROWS * seq))
+        # After a document that is longer than a region come regions that none begins in.
+        documents = np.unique(np.append(np.searchsorted(starts, bounds), len(starts)))
+        counts = [
+            len(best_fit(pieces_of(spans[low:high], seq)[:, 1], seq))
+            for low, high in zip(documents, documents[1:], strict=False)
+        ]
+        rows = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        places = int(np.sum(spans[:, 1] - starts + 1))
+        return cls(split, seq, documents, rows, 1.0 - places / max(1, int(rows[-1]) * seq))
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self.rows[-1])
+
+    def pieces(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """The pieces of the rows from `first` up to `last`.
+
+        Shapes: for each row int64 [pieces, 2], as `pieces_of`.
+        Raises: InputError naming a damaged array.
+        """
+        region = int(np.searchsorted(self.rows, first, side="right")) - 1
+        while first < last:
+            low, high = self.documents[region : region + 2].tolist()
+            pieces = pieces_of(self.split.spans(low, high), self.seq)
+            packed = best_fit(pieces[:, 1], self.seq)
+            before = int(self.rows[region])
+            for row in packed[first - before : last - before]:
+                yield pieces[row]
+            first, region = before + len(packed), region + 1

@@ -1,0 +1,164 @@
+"""The rows of a split, cut out of its tokens one after the other or packed of whole documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mosaicjax.data.packing import REGION_TOKENS, Packing
+from mosaicjax.data.store import Split
+from mosaicjax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+PLACE_TOKENS = 131_072
+NEAR = 4_096
+"""Pieces so many tokens apart are read as one."""
+
+
+class Held(Protocol):
+    """Neighbouring rows that were read."""
+
+    def copy(self, row: int, batch: Batch, to: int) -> None:
+        """Write a row, by its number in the split, over row `to` of a batch's arrays."""
+        ...
+
+
+class Rows(Protocol):
+    """The rows of a split: how many, and how many neighbours to read at a time."""
+
+    per_place: int
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def read(self, spans: Sequence[tuple[int, int]]) -> Callable[[], list[Held]]:
+        """Begin to read rows from `first` up to `last`, of each span; the call of the result waits for them.
+
+        Raises: InputError, then or at once, naming what is damaged.
+        """
+        ...
+
+
+class Contiguous:
+    """Row i predicts tokens `i * seq + 1` to `(i + 1) * seq`, whatever documents they are of.
+
+    Up to `seq - 1` targets at the end of the split belong to no row.
+    """
+
+    def __init__(self, split: Split, seq: int) -> None:
+        """Nothing is read.
+
+        Raises: InputError for a split shorter than one row.
+        """
+        if row_count(len(split), seq) == 0:
+            raise InputError(
+                f"{split.folder} is shorter than one row",
+                expected=f"at least {seq + 1} tokens",
+                got=len(split),
+                fix="more documents, or a shorter sequence",
+            )
+        self.split, self.seq = split, seq
+        self.per_place = PLACE_TOKENS // seq
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return row_count(len(self.split), self.seq)
+
+    def read(self, spans: Sequence[tuple[int, int]]) -> Callable[[], list[Held]]:
+        """See `Rows.read`."""
+        wait = self.split.read([(first * self.seq, last * self.seq + 1) for first, last in spans])
+        return lambda: [
+            Windows(tokens, first, self.seq) for tokens, (first, _) in zip(wait(), spans, strict=True)
+        ]
+
+
+class Windows:
+    """Neighbouring tokens, as rows from number `first` on."""
+
+    def __init__(self, tokens: np.ndarray, first: int, seq: int) -> None:
+        self.tokens, self.first, self.seq = tokens, first, seq
+
+    def copy(self, row: int, batch: Batch, to: int) -> None:
+        """See `Held.copy`."""
+        at = (row - self.first) * self.seq
+        batch["tokens"][to] = self.tokens[at : at + self.seq]
+        batch["targets"][to] = self.tokens[at + 1 : at + self.seq + 1]
+
+
+class Packed:
+    """Rows of whole documents, each a segment of its own."""
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.per_place = REGION_TOKENS // packing.seq
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.packing)
+
+    def read(self, spans: Sequence[tuple[int, int]]) -> Callable[[], list[Held]]:
+        """See `Rows.read`."""
+        places = [(first, list(self.packing.pieces(first, last))) for first, last in spans]
+        merged = [together(np.concatenate(rows)) for _, rows in places]
+        wait = self.packing.split.read([span for spans in merged for span in spans])
+
+        def held() -> list[Held]:
+            tokens = iter(wait())
+            return [
+                Pieces([next(tokens) for _ in spans], np.array(spans), rows, first)
+                for (first, rows), spans in zip(places, merged, strict=True)
+            ]
+
+        return held
+
+
+class Pieces:
+    """Rows of pieces, from number `first` on, and the tokens that they were cut from."""
+
+    def __init__(
+        self, tokens: Sequence[np.ndarray], spans: np.ndarray, rows: list[np.ndarray], first: int
+    ) -> None:
+        self.tokens = np.concatenate(tokens)
+        before = np.cumsum(spans[:, 1] - spans[:, 0]) - (spans[:, 1] - spans[:, 0])
+        self.rows = []
+        for pieces in rows:
+            span = np.searchsorted(spans[:, 0], pieces[:, 0], side="right") - 1
+            at = pieces[:, 0] - spans[span, 0] + before[span]
+            self.rows.append(list(zip(at.tolist(), pieces[:, 1].tolist(), strict=True)))
+        self.first = first
+
+    def copy(self, row: int, batch: Batch, to: int) -> None:
+        """See `Held.copy`; what is left of the row is left as it was."""
+        begin = 0
+        for segment, (at, length) in enumerate(self.rows[row - self.first], 1):
+            place = slice(begin, begin + length)
+            batch["tokens"][to, place] = self.tokens[at : at + length]
+            batch["targets"][to, place] = self.tokens[at + 1 : at + length + 1]
+            batch["segments"][to, place] = segment
+            batch["positions"][to, place] = np.arange(length)
+            batch["weights"][to, place] = 1.0
+            begin += length
+
+
+def together(pieces: np.ndarray) -> list[tuple[int, int]]:
+    """The spans of tokens that pieces touch, their last targets too; near ones are one.
+
+    Shapes: int64 [pieces, 2], as `packing.pieces_of`.
+    """
+    pieces = pieces[np.argsort(pieces[:, 0])]
+    spans: list[tuple[int, int]] = []
+    for first, length in pieces.tolist():
+        last = first + length + 1
+        if spans and first <= spans[-1][1] + NEAR:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], last))
+        else:
+            spans.append((first, last))
+    return spans
+
+
+def row_count(tokens: int, seq: int) -> int:
+    """How many whole rows a split of so many tokens has, cut one after the other."""
+    return max(0, tokens - 1) // seq
