@@ -182,6 +182,14 @@ def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
     build.add_argument("--seed", type=int, default=0, help="of the documents' order")
     build.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     build.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="keep the texts for which it is true; may be repeated",
+    )
+    build.add_argument("--drop-duplicates", action="store_true", help="keep one document of each text")
+    build.add_argument(
         "--fim", type=float, default=0.0, metavar="RATE", help="share reordered for fill-in-the-middle"
     )
     build.add_argument(
@@ -327,9 +335,12 @@ def _bytes(text: str) -> int:
 
 
 def _data_build(options: argparse.Namespace) -> int:
+    from mosaicjax.data import filters
     from mosaicjax.data.build import build
     from mosaicjax.data.fim import FillInMiddle
 
+    # As `python` itself does, and the console script does not; worker processes get the same path.
+    sys.path.insert(0, os.getcwd())
     tokens = tuple(options.fim_tokens.split(",")) if options.fim_tokens else ()
     if tokens and not options.fim:
         raise InputError("--fim-tokens without --fim", fix="--fim RATE, such as 0.5")
@@ -344,6 +355,8 @@ def _data_build(options: argparse.Namespace) -> int:
         exclude=options.exclude,
         field=options.field,
         fim=FillInMiddle(options.fim, options.fim_spm, tokens),
+        filters=filters.find(options.filter),
+        drop_duplicates=options.drop_duplicates,
     )
     for name, counts in manifest.splits.items():
         print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,7 +24,8 @@ from pathlib import Path
 
 from mosaicjax.data.arrays import CHUNK_TOKENS, token_dtype
 from mosaicjax.data.documents import Documents, open_sources
-from mosaicjax.data.fim import FillInMiddle
+from mosaicjax.data.filters import Filter, described
+from mosaicjax.data.fim import PSM, SPM, FillInMiddle
 from mosaicjax.data.manifest import (
     FORMAT,
     NAME,
@@ -49,6 +51,7 @@ from mosaicjax.errors import InputError
 WORK = ".unfinished"
 ALL_CORES = 0
 DEFAULT_LAYOUT = Layout()
+FIM_KINDS = {"psm": PSM, "spm": SPM}
 
 
 def build(
@@ -65,17 +68,20 @@ def build(
     layout: Layout = DEFAULT_LAYOUT,
     progress: bool = True,
     fim: FillInMiddle | None = None,
+    filters: Sequence[Filter] = (),
+    drop_duplicates: bool = False,
 ) -> Manifest:
     """Build the token store `out` from documents, or finish the build that was stopped there.
 
     The same sources, tokenizer and settings give the same data files, whatever the number of workers and
     however often the build was killed. A finished store of the same settings is left as it is. `fim` reorders
-    a share of the training documents for fill-in-the-middle.
+    a share of the training documents for fill-in-the-middle. `filters` are functions of a document's text, of
+    modules that worker processes can import, true for what to keep. `drop_duplicates` keeps one document of
+    each text.
 
-    Raises: InputError for sources or a tokenizer that cannot be used, a directory that holds something else,
-    was
-        begun with other settings or is being built by another process, and sources that changed since it was
-        begun.
+    Raises: InputError for sources, a tokenizer or filters that cannot be used, a directory that holds
+        something else, was begun with other settings or is being built by another process, and sources that
+        changed since it was begun.
     """
     out = Path(out)
     check_fraction(held_out)
@@ -97,6 +103,8 @@ def build(
         seed=seed,
         layout=layout,
         fim=fim.resolve(tokenizer) if fim and fim.rate else None,
+        filters=described(filters),
+        drop_duplicates=drop_duplicates,
     )
     with _held(out):
         if (out / NAME).exists():
@@ -104,7 +112,8 @@ def build(
             finished.settings.check_same(settings, out)
             _remove_work(out)
             return finished
-        return _finish(out, documents, settings, tokenizer, workers or available_cores(), progress)
+        cores = workers or available_cores()
+        return _finish(out, documents, settings, tokenizer, tuple(filters), cores, progress)
 
 
 def _check_layout(workers: int, layout: Layout) -> None:
@@ -144,7 +153,13 @@ def _held(out: Path) -> Iterator[None]:
 
 
 def _finish(
-    out: Path, documents: Documents, settings: Settings, tokenizer: Tokenizer, workers: int, progress: bool
+    out: Path,
+    documents: Documents,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    filters: tuple[Filter, ...],
+    workers: int,
+    progress: bool,
 ) -> Manifest:
     """Do what is left to do in a directory, the manifest last."""
     begun = time.monotonic()
@@ -159,15 +174,18 @@ def _finish(
         seed=settings.seed,
         characters=settings.layout.part_characters,
         fim=settings.fim,
+        filters=filters,
     )
     parts = tokenise(documents, part_settings, workers=workers, progress=progress)
-    tables = shuffle(parts)
+    tables, left_out = shuffle(parts, drop_duplicates=settings.drop_duplicates)
     if tables["train"].counts.documents == 0:
         raise InputError(
-            "every document is held out",
-            got=f"{tables['validation'].counts.documents} documents",
+            "every document is held out" if not left_out else "every document is held out or left out",
+            got=f"{tables['validation'].counts.documents} documents held out, {dict(left_out)} left out",
             fix="more documents, or a smaller held-out fraction",
         )
+    names = {str(number): name.split()[0] for number, name in enumerate(settings.filters, 1)}
+    skipped = documents.skipped + Counter({names.get(why, why): count for why, count in left_out.items()})
     files = {path: record_file(path) for path in sorted((out / "tokenizer").iterdir())}
     for split, table in tables.items():
         files |= {path: record_file(path) for path in write_documents(out / split / "documents", table)}
@@ -181,14 +199,14 @@ def _finish(
         tokenizer=_tokenizer_record(tokenizer),
         dtype=dtype,
         splits={split: table.counts for split, table in tables.items()},
-        skipped=dict(sorted(documents.skipped.items())),
+        skipped=dict(sorted(skipped.items())),
         files={path.relative_to(out).as_posix(): files[path] for path in sorted(files)},
         time=Built(
             command=shlex.join(sys.argv),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - begun, 3),
         ),
-        fim={"psm": sum(part.psm for part in parts), "spm": sum(part.spm for part in parts)}
+        fim={name: int((tables["train"].fim == kind).sum()) for name, kind in FIM_KINDS.items()}
         if settings.fim
         else {},
     )

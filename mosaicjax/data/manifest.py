@@ -48,6 +48,8 @@ class Settings:
     seed: int
     layout: Layout
     fim: FillInMiddle | None = None
+    filters: tuple[str, ...] = ()
+    drop_duplicates: bool = False
 
     def check_same(self, other: Settings, place: Path) -> None:
         """Refuse to go on with other settings than those a directory was begun with.

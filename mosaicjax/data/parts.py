@@ -18,13 +18,25 @@ from tqdm import tqdm
 
 from mosaicjax.data import fim
 from mosaicjax.data.documents import Documents
+from mosaicjax.data.filters import Filter, first_against
 from mosaicjax.data.split import is_held_out
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
 from mosaicjax.data.workers import run_all
 from mosaicjax.errors import InputError
 
-INDEX = np.dtype([("key", "<u8"), ("held_out", "?"), ("tokens", "<i8"), ("bytes", "<i8"), ("fim", "u1")])
-"""One document; `fim` says what fill-in-the-middle made of it."""
+INDEX = np.dtype(
+    [
+        ("key", "<u8"),
+        ("held_out", "?"),
+        ("tokens", "<i8"),
+        ("bytes", "<i8"),
+        ("fim", "u1"),
+        ("against", "u1"),
+        ("digest", "<u8", 2),
+    ]
+)
+"""One document: `fim` says what fill-in-the-middle made of it, `against` which filter leaves it out, from 1
+(0: none; what is left out has no tokens here), `digest` is its text's."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class PartSettings:
     seed: int
     characters: int
     fim: fim.FillInMiddle | None = None
+    filters: tuple[Filter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,15 +84,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A finished part; `psm` and `spm` of its documents were reordered for fill-in-the-middle."""
+    """A finished part; `documents` are those that are not left out."""
 
     spill: Path
     index: Path
     documents: int
     tokens: int
     bytes: int
-    psm: int
-    spm: int
 
 
 def tokenise(
@@ -122,21 +133,30 @@ def tokenise_part(part: Part) -> Tokenised:
     """Tokenise a part into its spill file, sorted by split and key, and then write its index."""
     settings = part.settings
     tokenizer = _tokenizer(settings.tokenizer, settings.separator_token)
-    held_out = [is_held_out(text, settings.held_out) for text in part.texts]
-    kinds = [fim.PLAIN] * len(part.texts)
+    against = [first_against(settings.filters, text) for text in part.texts]
+    kept = [i for i, number in enumerate(against) if not number]
+    texts = tuple(part.texts[i] for i in kept)
+    held_out = [is_held_out(text, settings.held_out) for text in texts]
+    kinds = [fim.PLAIN] * len(texts)
     if settings.fim is None:
-        encoded = tokenizer.encode_batch(part.texts)
+        encoded = tokenizer.encode_batch(texts)
     else:
-        encoded, kinds = fim.encode(settings.fim, part.texts, held_out, settings.seed, tokenizer)
-    rows = [np.array(ids, settings.dtype) for ids in encoded]
-    index = np.empty(len(rows), INDEX)
-    for i, (text, row) in enumerate(zip(part.texts, rows, strict=True)):
-        key = shuffle_key(settings.seed, part.first + i)
-        index[i] = (key, held_out[i], len(row), len(text.encode()), kinds[i])
+        encoded, kinds = fim.encode(settings.fim, texts, held_out, settings.seed, tokenizer)
+    index = np.zeros(len(part.texts), INDEX)
+    index["against"] = against
+    index["key"] = [shuffle_key(settings.seed, part.first + i) for i in range(len(index))]
+    rows = {i: np.array(ids, settings.dtype) for i, ids in zip(kept, encoded, strict=True)}
+    for i, text, on_other_side, kind in zip(kept, texts, held_out, kinds, strict=True):
+        data = text.encode()
+        index["held_out"][i], index["fim"][i] = on_other_side, kind
+        index["tokens"][i], index["bytes"][i] = len(rows[i]), len(data)
+        index["digest"][i] = np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), "<u8")
     order = np.lexsort((index["key"], index["held_out"]))
     spill, path = part.spill, part.index
     with _whole(spill) as file:
-        np.concatenate([rows[i] for i in order]).tofile(file)
+        for i in order:
+            if i in rows:
+                rows[i].tofile(file)
     with _whole(path) as file:
         np.save(file, index[order])
     return _result(spill, path, index)
@@ -197,11 +217,9 @@ def _result(spill: Path, path: Path, index: np.ndarray) -> Tokenised:
     return Tokenised(
         spill,
         path,
-        documents=len(index),
+        documents=int((index["against"] == 0).sum()),
         tokens=int(index["tokens"].sum()),
         bytes=int(index["bytes"].sum()),
-        psm=int((index["fim"] == fim.PSM).sum()),
-        spm=int((index["fim"] == fim.SPM).sum()),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ class Table:
     """The documents of a split in their shuffled order, one row each.
 
     `part`: number of its spill file; `offset`: where it begins there; `start`: where it begins in the store;
-    `tokens`: its length without separators; `bytes`: of its text in UTF-8.
+    `tokens`: its length without separators; `bytes`: of its text in UTF-8; `fim`: what fill-in-the-middle
+    made of it.
 
     Shapes: each [documents].
     """
@@ -38,6 +40,7 @@ class Table:
     start: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray
+    fim: np.ndarray
 
     @property
     def counts(self) -> Counts:
@@ -49,9 +52,7 @@ class Table:
         low = int(np.searchsorted(self.start + self.tokens, first, side="right"))
         high = int(np.searchsorted(self.start, last, side="left"))
         rows = low + np.flatnonzero(self.tokens[low:high])
-        return Table(
-            self.part[rows], self.offset[rows], self.start[rows], self.tokens[rows], self.bytes[rows]
-        )
+        return replace(self, **{each.name: getattr(self, each.name)[rows] for each in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,34 @@ class Shard:
     record: Path
 
 
-def shuffle(parts: Sequence[Tokenised]) -> dict[str, Table]:
-    """Return the documents of each split in the order of their keys."""
+def shuffle(
+    parts: Sequence[Tokenised], *, drop_duplicates: bool = False
+) -> tuple[dict[str, Table], Counter[str]]:
+    """Return the documents of each split in the order of their keys, and how many were left out and why.
+
+    The reasons are the numbers of filters, from 1, and `duplicate`: of documents of one text those after the
+    first in the order are dropped.
+    """
     indices = [np.load(part.index) for part in parts]
     part = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index) for index in indices])
     offset = np.concatenate([np.cumsum(index["tokens"]) - index["tokens"] for index in indices])
     index = np.concatenate(indices)
+    left_out = Counter(map(str, index["against"][index["against"] > 0].tolist()))
     tables = {}
     for split in SPLITS:
-        chosen = np.flatnonzero(index["held_out"] == (split == "validation"))
+        chosen = np.flatnonzero((index["held_out"] == (split == "validation")) & (index["against"] == 0))
         order = chosen[np.argsort(index["key"][chosen], kind="stable")]
+        if drop_duplicates:
+            # Documents of one text are all on one side of the split.
+            first = np.unique(index["digest"][order], axis=0, return_index=True)[1]
+            left_out["duplicate"] += len(order) - len(first)
+            order = order[np.sort(first)]
         tokens = index["tokens"][order]
         start = 1 + np.cumsum(tokens + 1) - (tokens + 1)
-        tables[split] = Table(part[order], offset[order], start, tokens, index["bytes"][order])
-    return tables
+        tables[split] = Table(
+            part[order], offset[order], start, tokens, index["bytes"][order], index["fim"][order]
+        )
+    return tables, left_out
 
 
 def write_documents(folder: Path, table: Table) -> list[Path]:
@@ -168,7 +183,7 @@ class ShardWriter:
             last=last,
             separator=self.separator,
             dtype=self.dtype,
-            table=Table(part, rows.offset, rows.start, rows.tokens, rows.bytes),
+            table=replace(rows, part=part),
             spills=tuple(parts[i].spill for i in used),
             record=record,
         )
