@@ -12,7 +12,15 @@ import resource
 import time
 
 
+def declare():
+    """What torchvision, which Streaming imports, looks for where its own build does not fit PyTorch's."""
+    import torch
+
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+
+
 def write(options):
+    declare()
     import numpy as np
     from streaming import MDSWriter
 
@@ -28,6 +36,7 @@ def write(options):
 
 def read(options):
     began = time.perf_counter()
+    declare()
     import numpy as np
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory

@@ -87,8 +87,8 @@ def test_bits_per_byte_are_over_the_bytes_of_the_documents(opened, weights, tiny
         json.loads(line)["text"].encode()
         for line in (tiny_store.parent / "documents.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    counts = opened[1].store.manifest.splits["validation"]
-    assert sum(map(len, texts)) == counts.bytes + opened[1].store.manifest.splits["train"].bytes
+    counts = opened[1].stores[0].manifest.splits["validation"]
+    assert sum(map(len, texts)) == counts.bytes + opened[1].stores[0].manifest.splits["train"].bytes
     layout = layout_of(1)
     loss = evaluator(opened, layout, 8)(placed(opened, weights, layout))
     assert loss.text_bytes == counts.bytes
