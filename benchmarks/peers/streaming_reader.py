@@ -16,7 +16,8 @@ def declare():
     """What torchvision, which Streaming imports, looks for where its own build does not fit PyTorch's."""
     import torch
 
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 def write(options):
