@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from mosaicjax.errors import InputError
 
-WINDOW_PLACES = 128
+WINDOW_PLACES = 64
 MOST = 2**32 - 1
 """Rows that can be put in order, so that products of two counts fit in 64 bits."""
 
@@ -30,7 +30,7 @@ NEARBY = 64
 class Order:
     """The endless order of a split's rows: every epoch has each row once, in an order of its own.
 
-    A place has `per_place` rows, or one more. A window has more than half of `window` places, and at most so
+    A place has `per_place` rows, or one more. A window has `window` places or more, and less than twice as
     many, or all there are.
     """
 
@@ -46,8 +46,18 @@ class Order:
     @cached_property
     def places(self) -> int:
         """How many places there are: of fewer rows where there would be too few for a full window."""
-        most = min(self.per_place, self.rows // WINDOW_PLACES)
+        most = min(self.per_place, self.rows // (2 * WINDOW_PLACES))
         return self.rows // max(1, most)
+
+    @property
+    def windows(self) -> int:
+        """How many windows there are."""
+        return max(1, self.places // self.window)
+
+    @property
+    def largest_window(self) -> int:
+        """How many places the largest window has."""
+        return -(-self.places // self.windows)
 
     @property
     def rows_per_place(self) -> int:
@@ -59,40 +69,53 @@ class Order:
         return place * self.rows_per_place + min(place, self.rows % self.places)
 
     def find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The place and the row of each of these samples, counted from 0 through all epochs.
+        """See `Orders.find`, of one domain."""
+        return Orders([self]).find(np.zeros_like(numbers), numbers)
 
-        Shapes: int64 [n], and two int64 [n].
+
+class Orders:
+    """The orders of several domains, to find samples of all of them at once."""
+
+    def __init__(self, orders: Sequence[Order]) -> None:
+        def each(value: Callable[[Order], int]) -> np.ndarray:
+            return np.array([value(order) for order in orders], np.int64)
+
+        self._rows = each(lambda order: order.rows)
+        self._places = each(lambda order: order.places)
+        self._per_place = each(lambda order: order.rows_per_place)
+        self._extra = each(lambda order: order.rows % order.places)
+        # The first windows are larger by one place than the others.
+        self._window = each(lambda order: order.places // order.windows)
+        self._larger = each(lambda order: order.places % order.windows)
+        self._seed = each(lambda order: order.seed).astype(np.uint64) << np.uint64(32)
+
+    def find(self, domains: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The place and the row of each of these samples of domains, counted from 0 through all epochs.
+
+        Shapes: int64 [n] each, and two int64 [n].
         """
-        epoch, sample = np.divmod(numbers, self.rows)
-        turn, taken = self._turns(sample)
-        of_epoch = (np.uint64(self.seed) << np.uint64(32)) + epoch.astype(np.uint64)
-        extra = taken == self.rows_per_place
-        places = permuted(turn, np.where(extra, self.rows % self.places, self.places), of_epoch)
-        of_place = mixed(of_epoch) + places.astype(np.uint64)
-        rows = permuted(np.where(extra, 0, taken), np.full_like(taken, self.rows_per_place), of_place)
-        rows = np.where(extra, self.rows_per_place, rows)
-        return places, rows + places * self.rows_per_place + np.minimum(places, self.rows % self.places)
+        epoch, sample = np.divmod(numbers, self._rows[domains])
+        of_epoch = self._seed[domains] + epoch.astype(np.uint64)
+        places, per_place, extra = (each[domains] for each in (self._places, self._per_place, self._extra))
+        turn, taken = self._turns(domains, sample)
+        # The rows that only the first places have come at the end of the epoch.
+        late = sample >= places * per_place
+        turn, taken = np.where(late, sample - places * per_place, turn), np.where(late, 0, taken)
+        place = permuted(turn, np.where(late, extra, places), of_epoch)
+        row = permuted(taken, per_place, mixed(of_epoch) + place.astype(np.uint64))
+        row = np.where(late, per_place, row)
+        return place, row + place * per_place + np.minimum(place, extra)
 
-    def _turns(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which place in the epoch's order a sample comes from, and how many rows were taken from it before.
-
-        The rows that only some places have come at the end of the epoch.
-        """
-        windows = -(-self.places // self.window)
-        small, larger = divmod(self.places, windows)
-        each = self.rows_per_place
-        # The first windows are larger by one place.
+    def _turns(self, domains: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which place in the epoch's order a sample comes from, and how many rows were taken from it before."""
+        small, larger, each = self._window[domains], self._larger[domains], self._per_place[domains]
         of_larger = larger * (small + 1) * each
-        first = np.where(
-            sample < of_larger,
-            sample // ((small + 1) * each) * (small + 1),
-            larger * (small + 1) + (sample - of_larger) // (small * each) * small,
-        )
-        size = np.where(sample < of_larger, small + 1, small)
+        early = sample < of_larger
+        size = np.where(early, small + 1, small)
+        window = np.where(early, sample, sample - of_larger) // (size * each)
+        first = window * size + np.where(early, 0, larger * (small + 1))
         within = sample - first * each
-        last = self.places * each
-        turn = np.where(sample < last, first + within % size, sample - last)
-        return turn, np.where(sample < last, within // size, each)
+        return first + within % size, within // size
 
 
 def permuted(numbers: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:

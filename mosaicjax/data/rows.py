@@ -12,7 +12,9 @@ from mosaicjax.data.store import Split
 from mosaicjax.errors import InputError
 
 Batch = dict[str, np.ndarray]
-PLACE_TOKENS = 131_072
+PLACE_TOKENS = 2**18
+WINDOWS = "windows"
+"""Rows of seq + 1 tokens, of which inputs and targets are views."""
 NEAR = 4_096
 """Pieces so many tokens apart are read as one."""
 
@@ -84,8 +86,7 @@ class Windows:
     def copy(self, row: int, batch: Batch, to: int) -> None:
         """See `Held.copy`."""
         at = (row - self.first) * self.seq
-        batch["tokens"][to] = self.tokens[at : at + self.seq]
-        batch["targets"][to] = self.tokens[at + 1 : at + self.seq + 1]
+        batch[WINDOWS][to] = self.tokens[at : at + self.seq + 1]
 
 
 class Packed:

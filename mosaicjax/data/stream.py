@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mosaicjax.data.order import WINDOW_PLACES, Mix, Order, order_seed
-from mosaicjax.data.rows import Batch, Held, Packed, Rows
+from mosaicjax.data.order import WINDOW_PLACES, Mix, Order, Orders, order_seed
+from mosaicjax.data.rows import WINDOWS, Batch, Held, Packed, Rows
 from mosaicjax.data.store import Split
 from mosaicjax.errors import InputError
 
@@ -74,6 +74,7 @@ class Stream:
             )
             for domain in drawn
         ]
+        self._finder = Orders(self._orders)
         self._places = _Places(drawn, self._orders)
 
     @property
@@ -98,26 +99,25 @@ class Stream:
         assert all(0 <= row < self.batch for row in rows), (rows, self.batch)
         chosen = np.asarray(rows, np.int64)
         domains, numbers = self._samples(self.data_step(step) * self.batch, chosen)
-        places, found = np.empty_like(numbers), np.empty_like(numbers)
-        for domain in np.unique(domains):
-            mine = domains == domain
-            places[mine], found[mine] = self._orders[domain].find(numbers[mine])
+        places, found = self._finder.find(domains, numbers)
         batch = self._blank(len(chosen))
         where = list(zip(domains.tolist(), places.tolist(), strict=True))
         with self._places.read(set(where)) as held:
             for i, (key, row) in enumerate(zip(where, found.tolist(), strict=True)):
                 held[key].copy(row, batch, i)
-        if "segments" in batch or not self.isolate:
-            return batch | {"domain": domains.astype(np.int32)}
-        found_documents = documents_of(batch["tokens"], self.separator)
-        return batch | found_documents | {"domain": domains.astype(np.int32)}
+        if WINDOWS in batch:
+            windows = batch.pop(WINDOWS)
+            batch |= {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
+            if self.isolate:
+                batch |= documents_of(batch["tokens"], self.separator)
+        return batch | {"domain": domains.astype(np.int32)}
 
     def _blank(self, rows: int) -> Batch:
         """Arrays for rows to be written into: packed ones may leave places empty."""
         shape = (rows, self.seq)
         if not any(isinstance(domain.rows, Packed) for domain in self.drawn):
-            batch = {name: np.empty(shape, np.int32) for name in ("tokens", "targets")}
-            return batch | {"weights": np.broadcast_to(np.float32(1.0), shape)}
+            windows = np.empty((rows, self.seq + 1), np.int32)
+            return {WINDOWS: windows, "weights": np.broadcast_to(np.float32(1.0), shape)}
         batch = {name: np.full(shape, self.separator, np.int32) for name in ("tokens", "targets")}
         batch |= {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
         return batch | {"weights": np.zeros(shape, np.float32)}
@@ -143,7 +143,7 @@ class _Places:
     def __init__(self, drawn: Sequence[Drawn], orders: Sequence[Order]) -> None:
         self._rows = [domain.rows for domain in drawn]
         self._orders = orders
-        self._most = sum(min(order.places, order.window) for order in orders)
+        self._most = sum(order.largest_window for order in orders)
         self._held: OrderedDict[tuple[int, int], Held] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -40,10 +40,10 @@ def shuffled(count, key):
     return result
 
 
-def naive_order(rows, seq, seed, epoch, domain="", window=128):
+def naive_order(rows, seq, seed, epoch, domain="", window=64):
     """One epoch of rows: places in windows, rows of a window's places in turn, then what is left over."""
     base = order_seed(seed, domain)
-    longest = max(1, min(65_536 // seq, rows // 128))
+    longest = max(1, min(2**18 // seq, rows // 128))
     count = rows // longest
     sizes = [rows // count + (place < rows % count) for place in range(count)]
     firsts = [sum(sizes[:place]) for place in range(count)]
@@ -51,7 +51,7 @@ def naive_order(rows, seq, seed, epoch, domain="", window=128):
     key = (base << 32) + epoch
     order = shuffled(count, key)
     inner = {place: shuffled(each, (mixed(key) + place) % WORD) for place in range(count)}
-    windows = math.ceil(count / window)
+    windows = max(1, count // window)
     small, larger = divmod(count, windows)
     result, at = [], 0
     for number in range(windows):

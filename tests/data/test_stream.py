@@ -224,7 +224,7 @@ def test_rows_of_several_domains(make_split, texts, seq, batch, seed, skips, dat
     for domain in domains:
         per_epoch = (texts[domain][0] - 1) // seq
         epoch, number = divmod(counts[domain], per_epoch)
-        window = -(-128 * weights[domain] // sum(weights))
+        window = -(-64 * weights[domain] // sum(weights))
         rows.append(naive_order(per_epoch, seq, seed, epoch, f"d{domain}", window)[number])
         counts[domain] += 1
     left = [step for step in range(steps) if step not in skips]
