@@ -92,10 +92,10 @@ def throughput(readers: Readers, rounds: int) -> dict[str, Any]:
     tried: dict[str, dict[str, float]] = {}
     best: dict[str, tuple[Any, ...]] = {}
     for name, choices in settings.items():
-        speeds = {choice: getattr(readers, name)(*choice)["tokens_per_second"] for choice in choices}
+        found = {choice: getattr(readers, name)(*choice)["tokens_per_second"] for choice in choices}
         # An order without a shuffle is no order to train in: it is measured, and never the best.
-        best[name] = max((c for c in choices if "none" not in c), key=lambda choice: speeds[choice])
-        tried[name] = {" ".join(map(str, choice)): speed for choice, speed in speeds.items()}
+        best[name] = max((c for c in choices if "none" not in c), key=lambda choice, of=found: of[choice])
+        tried[name] = {" ".join(map(str, choice)): speed for choice, speed in found.items()}
         for label, speed in tried[name].items():
             print(f"  {name} {label}: {speed / 1e6:.1f} Mtok/s", flush=True)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *best)}
@@ -170,7 +170,7 @@ def first_batch(scratch: Path, streaming: str, rounds: int) -> dict[str, Any]:
 
 
 def build_speed(sources: list[Path], tokenizer: Path, scratch: Path, rounds: int) -> dict[str, Any]:
-    """Tokens a second of a build with one worker, reading and all, and of the tokenizer alone on its texts."""
+    """Tokens a second of a build with one worker, reading and all, and of the tokenizer alone."""
     loaded = load_tokenizer(tokenizer)
     ratios, builds, bare = [], [], []
     for number in range(rounds):

@@ -107,7 +107,7 @@ class Orders:
         return place, row + place * per_place + np.minimum(place, extra)
 
     def _turns(self, domains: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which place in the epoch's order a sample comes from, and how many rows were taken from it before."""
+        """Which place in the epoch's order a sample comes from, and how many of its rows came before."""
         small, larger, each = self._window[domains], self._larger[domains], self._per_place[domains]
         of_larger = larger * (small + 1) * each
         early = sample < of_larger
