@@ -94,7 +94,7 @@ def throughput(readers: Readers, rounds: int) -> dict[str, Any]:
     for name, choices in settings.items():
         found = {choice: getattr(readers, name)(*choice)["tokens_per_second"] for choice in choices}
         # An order without a shuffle is no order to train in: it is measured, and never the best.
-        best[name] = max((c for c in choices if "none" not in c), key=lambda choice, of=found: of[choice])
+        best[name] = max((c for c in choices if "none" not in c), key=found.__getitem__)
         tried[name] = {" ".join(map(str, choice)): speed for choice, speed in found.items()}
         for label, speed in tried[name].items():
             print(f"  {name} {label}: {speed / 1e6:.1f} Mtok/s", flush=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from mosaicjax.cli_data import add_data
 from mosaicjax.errors import Diverged, InputError
 
 STARTED = time.time()
@@ -59,7 +60,7 @@ def parser() -> Parser:
     _add_evaluate(commands)
     _add_import(commands)
     _add_export(commands)
-    _add_data(commands)
+    add_data(commands, _command)
     return top
 
 
@@ -157,53 +158,6 @@ def _add_dtype(command: Parser) -> None:
     command.add_argument(
         "--dtype", choices=names, default="own", help="of the weights (default: as they are)"
     )
-
-
-def _add_data(commands: argparse._SubParsersAction[Parser]) -> None:
-    data = _command(commands, "data", None, "build and check token stores")
-    steps = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND", parser_class=Parser)
-    build = _command(steps, "build", _data_build, "turn documents into a token store")
-    tokenizer = _command(steps, "train-tokenizer", _data_tokenizer, "learn a byte-level BPE from documents")
-    for command in (build, tokenizer):
-        command.add_argument(
-            "sources",
-            nargs="+",
-            help="folders, text, .jsonl[.gz|.xz|.zst], .parquet, Delta tables (TABLE@v7), MDS, hf:NAME;"
-            " here or on s3:// or gs://",
-        )
-        command.add_argument("--out", required=True)
-        command.add_argument(
-            "--held-out", type=float, default=0.01, help="share of documents kept for evaluation"
-        )
-        command.add_argument("--include", action="append", default=[], metavar="GLOB")
-        command.add_argument("--exclude", action="append", default=[], metavar="GLOB")
-        command.add_argument("--field", default="text", help="the text's key in .jsonl rows, or its column")
-    build.add_argument("--tokenizer", required=True, help="tokenizer.json, tokenizer.model, or their folder")
-    build.add_argument("--seed", type=int, default=0, help="of the documents' order")
-    build.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
-    build.add_argument(
-        "--filter",
-        action="append",
-        default=[],
-        metavar="MODULE:FUNCTION",
-        help="keep the texts for which it is true; may be repeated",
-    )
-    build.add_argument("--drop-duplicates", action="store_true", help="keep one document of each text")
-    build.add_argument(
-        "--fim", type=float, default=0.0, metavar="RATE", help="share reordered for fill-in-the-middle"
-    )
-    build.add_argument(
-        "--fim-spm", type=float, default=0.5, metavar="SHARE", help="of those, as suffix, prefix, middle"
-    )
-    build.add_argument(
-        "--fim-tokens", default="", metavar="PREFIX,MIDDLE,SUFFIX", help="(default: the usual names)"
-    )
-    tokenizer.add_argument("--vocab", type=int, required=True, help="how many ids")
-    tokenizer.add_argument(
-        "--special", action="append", default=[], metavar="TOKEN", help="a special token; may be repeated"
-    )
-    verify = _command(steps, "verify", _data_verify, "compare a store's files with their checksums")
-    verify.add_argument("store")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -332,70 +286,6 @@ def _bytes(text: str) -> int:
     if unit not in units or not number.strip().isdecimal() or int(number) < 1:
         raise InputError("--shard-size", expected="a whole number of KB, MB or GB, as 5GB", got=text)
     return int(number) * units[unit]
-
-
-def _data_build(options: argparse.Namespace) -> int:
-    from mosaicjax.data import filters
-    from mosaicjax.data.build import build
-    from mosaicjax.data.fim import FillInMiddle
-
-    # As `python` itself does, and the console script does not; worker processes get the same path.
-    sys.path.insert(0, os.getcwd())
-    tokens = tuple(options.fim_tokens.split(",")) if options.fim_tokens else ()
-    if tokens and not options.fim:
-        raise InputError("--fim-tokens without --fim", fix="--fim RATE, such as 0.5")
-    manifest = build(
-        options.sources,
-        options.out,
-        tokenizer=options.tokenizer,
-        held_out=options.held_out,
-        seed=options.seed,
-        workers=options.workers,
-        include=options.include,
-        exclude=options.exclude,
-        field=options.field,
-        fim=FillInMiddle(options.fim, options.fim_spm, tokens),
-        filters=filters.find(options.filter),
-        drop_duplicates=options.drop_duplicates,
-    )
-    for name, counts in manifest.splits.items():
-        print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")
-    if manifest.fim:
-        print(
-            f"fill-in-the-middle: {manifest.fim['psm']:,} documents as prefix, suffix, middle and"
-            f" {manifest.fim['spm']:,} as suffix, prefix, middle"
-        )
-    if manifest.skipped:
-        print("left out: " + ", ".join(f"{count:,} {why}" for why, count in manifest.skipped.items()))
-    return 0
-
-
-def _data_tokenizer(options: argparse.Namespace) -> int:
-    from mosaicjax.data.tokenizer import train_tokenizer
-
-    train_tokenizer(
-        options.sources,
-        options.out,
-        vocab=options.vocab,
-        held_out=options.held_out,
-        include=options.include,
-        exclude=options.exclude,
-        field=options.field,
-        special=options.special,
-    )
-    return 0
-
-
-def _data_verify(options: argparse.Namespace) -> int:
-    from mosaicjax.data.store import Store
-
-    store = Store.open(options.store)
-    store.verify()
-    for name, counts in store.manifest.splits.items():
-        print(
-            f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes: sound"
-        )
-    return 0
 
 
 if __name__ == "__main__":

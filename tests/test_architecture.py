@@ -42,7 +42,8 @@ FLOORS = {
     "show": 7,
     "plan": 7,
     "serve": 7,
-    "cli": 8,
+    "cli": 9,
+    "cli_data": 8,
     "__main__": 8,
 }
 
