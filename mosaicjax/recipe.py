@@ -18,6 +18,7 @@ from mosaicjax.models.model import Model
 from mosaicjax.optim import AdamW, Optimizer
 from mosaicjax.program import DecoderLoss, Method, Phase, Program
 from mosaicjax.spec import Dtypes, Spec
+from mosaicjax.spikes import Ignore, OnSpike
 
 WHOLE = 0
 """As many as there are: a microbatch of the whole batch, all held-out rows, no limit on a count."""
@@ -64,7 +65,8 @@ class Recipe:
 
     Units: `seq` target tokens a row; `batch` rows a step over all devices; `microbatch` rows at once over all
     devices (WHOLE: the batch), which changes memory and rounding but not the gradient. `methods` are applied
-    in the order listed. `skips` are data steps left out, counted from 0 (past a batch that brought a NaN).
+    in the order listed. `skips` are data steps left out, counted from 0 (past a batch that brought a NaN);
+    `on_spike` says what happens when the loss jumps (`mosaicjax.spikes`).
     `init_from` is a run, an imported model or a Hugging Face directory whose weights start this one ("":
     drawn from the seed). `attention` says who computes it: by default our TPU kernel on TPUs and plain XLA
     elsewhere. `price` overrides the list price of the chip.
@@ -88,6 +90,7 @@ class Recipe:
     attention: Implementation = Implementation.BY_DEVICE
     init_from: str = ""
     skips: tuple[int, ...] = ()
+    on_spike: OnSpike = Ignore()
     price: Price | None = None
 
     def check(self) -> None:
@@ -121,6 +124,7 @@ class Recipe:
         model.check(self.seq)
         self.loss.check(self.seq)
         self.data.check()
+        self.on_spike.check()
         if self.attention is not Implementation.BY_DEVICE and not isinstance(model, Decoder):
             raise InputError(
                 "attention of a module of one's own, which brings its own",

@@ -39,6 +39,7 @@ SAFE_CHANGES = (
     "model.remat",
     "data.path",
     "skips",
+    "on_spike",
     "loss.chunk",
     "optimizer.lr",
     "optimizer.weight_decay",

@@ -53,8 +53,9 @@ PACKAGES = (
 class Cursor:
     """Where a run stands beside its state; saved with every checkpoint.
 
-    `skips` are data steps left out, `tokens` target tokens seen, `data` a digest of the training tokens,
-    `seconds` the time spent so far by part, earlier processes included.
+    `skips` are data steps left out, those of `rollbacks` (`rolled_back`) among them; `tokens` target tokens
+    seen, `data` a digest of the training tokens, `seconds` the time spent so far by part, earlier processes
+    included; `recent` are the last losses, where the recipe watches them.
     """
 
     step: int
@@ -65,6 +66,9 @@ class Cursor:
     trainable: list[str]
     skips: tuple[int, ...] = ()
     phase: int = 0
+    rolled_back: tuple[int, ...] = ()
+    rollbacks: int = 0
+    recent: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -194,10 +198,11 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         cursor = Cursor(0, 0, data.digest, {}, recipe.seed, [name for name, _ in program.trainable.items()])
         if latest >= 0:
             cursor = read_cursor(out, latest, data)
+            data = replace(data, stream=data.stream.skipping({*recipe.skips, *cursor.rolled_back}))
         elif recipe.init_from:
             for line in start.check_start(recipe.init_from, recipe.model, program.trainable):
                 say(line)
-        cursor = replace(cursor, skips=recipe.skips, seconds=seconds_spent(out, cursor.seconds))
+        cursor = replace(cursor, skips=data.stream.skips, seconds=seconds_spent(out, cursor.seconds))
     return Ready(
         loaded, out, data, decoder, step, hardware(recipe), flops.per_token(decoder, recipe.seq), cursor
     )
@@ -249,7 +254,8 @@ def read_cursor(out: str, step: int, data: Data) -> Cursor:
         InputError: it was trained on other tokens than these, or with other steps left out.
     """
     saved = Checkpoints(out).cursor(step)
-    cursor = Cursor(**{**saved, "skips": tuple(saved["skips"])})
+    lists = {name: tuple(saved.get(name, ())) for name in ("skips", "rolled_back", "recent")}
+    cursor = Cursor(**{**saved, **lists})
     if cursor.data != data.digest:
         raise InputError(
             f"{out} was trained on other tokens than the store holds now",
@@ -259,7 +265,8 @@ def read_cursor(out: str, step: int, data: Data) -> Cursor:
         )
     reached = step + len(cursor.skips)
     past, now = (
-        tuple(skip for skip in skips if skip < reached) for skips in (cursor.skips, data.stream.skips)
+        tuple(skip for skip in skips if skip < reached)
+        for skips in (cursor.skips, sorted({*data.stream.skips, *cursor.rolled_back}))
     )
     if past != now:
         raise InputError(

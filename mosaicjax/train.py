@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
 from mosaicjax import processes, storage
-from mosaicjax.checkpoint import Checkpoints
+from mosaicjax.checkpoint import Checkpoints, complete_steps
+from mosaicjax.clocks import Clocks
 from mosaicjax.errors import Diverged, InputError
 from mosaicjax.evaluate.heldout import Evaluator, Loss
 from mosaicjax.feed import Feed
@@ -28,9 +27,11 @@ from mosaicjax.plan.kept import planned
 from mosaicjax.program import DOMAIN_TOKENS
 from mosaicjax.recipe import WHOLE
 from mosaicjax.report.live import LiveLine, Mfu, Progress
-from mosaicjax.report.summary import Heldout, Outcome, Seconds
-from mosaicjax.run import Ready, first_state, record, resume_row
+from mosaicjax.report.summary import Heldout, Outcome
+from mosaicjax.run import Ready, first_state, read_cursor, record, resume_row
+from mosaicjax.spikes import RollBack, Spiked
 from mosaicjax.step import Signals, digest
+from mosaicjax.stop_request import StopRequest
 
 GO, STOP, CANNOT_READ = 0, 1, 2
 """What a process says with each step; the largest counts for all."""
@@ -47,54 +48,6 @@ class Profile:
     last: int
 
 
-class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the loop can end at a step; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class Clocks:
-    """Seconds by part, earlier processes included; `total` runs from when this process was started."""
-
-    def __init__(self, before: dict[str, float], started: float) -> None:
-        self._seconds = {
-            **dict.fromkeys(("total", "compile", "evaluate", "save", "data_wait", "train"), 0.0),
-            **before,
-        }
-        self._started = started
-
-    @contextlib.contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Count the block's time to a part."""
-        began = time.perf_counter()
-        yield
-        self._seconds[part] += time.perf_counter() - began
-
-    def add(self, part: str, seconds: float) -> None:
-        """Count seconds to a part."""
-        self._seconds[part] += seconds
-
-    def seconds(self) -> Seconds:
-        """All parts as of now."""
-        return Seconds(**{**self._seconds, "total": self._seconds["total"] + time.time() - self._started})
-
-
 class Run:
     """A run under way; what changes from step to step."""
 
@@ -108,26 +61,43 @@ class Run:
         self.last_loss = float("nan")
         self.held_out: Loss | None = None
         self.saved = ready.cursor.step
+        self.rolled_back_from: Spiked | None = None
         self._pending: tuple[int, dict[str, Array], dict[str, Array]] | None = None
         self._evaluator: Evaluator | None = None
+        self.losses: deque[float] = deque(ready.cursor.recent, maxlen=self.recipe.on_spike.watched)
         self._recent: deque[tuple[float, float]] = deque(maxlen=SPEED_STEPS)
         self._mark = time.perf_counter()
         self._waited = 0.0
         self._tracing = False
         save = self.recipe.save
-        self.log = MetricsLog(ready.out, tensorboard=self.recipe.log.tensorboard, primary=self.primary)
+        self.log = self.new_log()
         self.checkpoints = Checkpoints(ready.out, keep=save.keep, keep_every=save.keep_every or None)
         with self.clocks.timed("compile"):
             lowered = ready.step.lower()
             self.program = digest(lowered)
             self.compiled = lowered.compile()
         self.state = first_state(ready)
-        self.halted = jax.jit(lambda: False, out_shardings=ready.step.abstract_signals().halted.sharding)()
+        self.halted = self.not_halted()
+
+    def new_log(self) -> MetricsLog:
+        """A log that has yet to resume."""
+        return MetricsLog(self.ready.out, tensorboard=self.recipe.log.tensorboard, primary=self.primary)
+
+    def not_halted(self) -> Array:
+        """What tells the first step that no step before it failed."""
+        sharding = self.ready.step.abstract_signals().halted.sharding
+        halted: Array = jax.jit(lambda: False, out_shardings=sharding)()
+        return halted
 
     def loop(self, feed: Feed, stop: StopRequest, profile: Profile | None) -> None:
         """Steps until the recipe's last, or until a process says stop."""
         recipe = self.recipe
         self.log.resume(resume_row(self.ready.cursor))
+        if self.rolled_back_from is not None:
+            spike, self.rolled_back_from = self.rolled_back_from, None
+            values = {"from_step": spike.number, "loss": spike.loss, "skipped": len(self.ready.cursor.skips)}
+            # Of the first step anew: a run that is killed before its next checkpoint writes it once more.
+            self.log.write("rollback", self.number + 1, values, {})
         if self.number >= recipe.steps and (row := self.logged("train")):
             self.last_loss = row["loss"]
         temporaries = Lent(self.temporary_bytes())
@@ -183,7 +153,12 @@ class Run:
         self.clocks.add("data_wait", self._waited)
         self._waited = 0.0
         if not read.pop("fine"):
+            if isinstance(self.recipe.on_spike, RollBack):
+                raise Spiked(number, float(read["loss"]))
             self.diverged(number, read, batch)
+        if self.recipe.on_spike.is_spike(self.losses, float(read["loss"])):
+            raise Spiked(number, float(read["loss"]))
+        self.losses.append(float(read["loss"]))
         self.said = max(self.said, int(read.pop("stop")))
         step_tokens = round(float(read.pop("tokens")))
         self.tokens += step_tokens
@@ -290,7 +265,13 @@ class Run:
         began = time.perf_counter()
         self.log.sync()
         seconds = asdict(self.clocks.seconds())
-        cursor = replace(self.ready.cursor, step=self.number, tokens=self.tokens, seconds=seconds)
+        cursor = replace(
+            self.ready.cursor,
+            step=self.number,
+            tokens=self.tokens,
+            seconds=seconds,
+            recent=tuple(self.losses),
+        )
         self.checkpoints.save(self.number, self.state, asdict(cursor))
         self.saved = self.number
         self._mark = time.perf_counter()
@@ -317,6 +298,52 @@ class Run:
             f" first made by {place}; the batch is rows {first} to {first + self.recipe.batch - 1} of the"
             f" data order (without it: --skips {first // self.recipe.batch}); {kept}"
         )
+
+    def roll_back(self, spike: Spiked) -> None:
+        """Go back to the last checkpoint before a spike, or the start, and leave out the data in between.
+
+        Raises:
+            Diverged: the recipe says stop, or it was done often enough.
+        """
+        ready, policy = self.ready, self.recipe.on_spike
+        self.checkpoints.wait()
+        saved = [step for step in complete_steps(ready.out) if step < spike.number]
+        step = int(processes.broadcast_text(str(max(saved, default=0)), "the checkpoint to go back to"))
+        where = f"the checkpoint of step {step:,}" if step else "the start"
+        often = isinstance(policy, RollBack) and ready.cursor.rollbacks >= policy.most
+        if not isinstance(policy, RollBack) or often:
+            first, last = ready.data.stream.data_step(step), ready.data.stream.data_step(spike.number - 1)
+            raise Diverged(
+                f"{spike}, a spike"
+                + (f", after {ready.cursor.rollbacks} roll-backs" if often else "")
+                + f"; {where} is before it (without the data from there on:"
+                f" --skips {' '.join(map(str, (*ready.data.stream.skips, *range(first, last + 1))))})"
+            )
+        stream = ready.data.stream
+        skipped = {stream.data_step(each) for each in range(step, spike.number)}
+        before = (
+            read_cursor(ready.out, step, ready.data) if step else replace(ready.cursor, tokens=0, recent=())
+        )
+        cursor = replace(
+            before,
+            step=step,
+            skips=tuple(sorted({*stream.skips, *skipped})),
+            rolled_back=tuple(sorted({*ready.cursor.rolled_back, *skipped})),
+            rollbacks=ready.cursor.rollbacks + 1,
+        )
+        self.clocks.forget(before.seconds if step else {})
+        self.ready = replace(
+            ready, cursor=cursor, data=replace(ready.data, stream=stream.skipping(cursor.skips))
+        )
+        self.number, self.tokens, self.saved, self.said = step, cursor.tokens, step, GO
+        self.losses = deque(cursor.recent, maxlen=policy.watched)
+        self._pending, self.held_out = None, None
+        self.state = first_state(self.ready)
+        self.halted = self.not_halted()
+        self.log = self.new_log()
+        self.rolled_back_from = spike
+        if self.primary:
+            self.line.say(f"{spike}, a spike: back to {where}, and on without {len(skipped):,} steps of data")
 
     @contextlib.contextmanager
     def traced(self, profile: Profile | None) -> Iterator[None]:
@@ -384,21 +411,35 @@ def train(
         run = Run(ready, started, say, line)
         with processes.refused_by_all("writing the run directory"):
             record(ready, run.program)
-        with run.log, run.checkpoints:
-            with Feed(ready.data.stream, ready.step, run.number, ready.recipe.steps) as feed:
-                run.loop(feed, stop, profile)
-                failure = feed.failure
-            finished = run.number >= ready.recipe.steps
-            if run.saved < run.number:
-                run.save()
-            if finished:
-                run.evaluate(WHOLE)
-            with run.clocks.timed("save"):
-                run.checkpoints.wait()
-            run.line.end()
-            if run.said == CANNOT_READ:
-                processes.agree(failure, "reading the training data")
-                raise InputError(
-                    "a process cannot read the training data", fix="see the other processes' lines"
-                )
-    return run, finished
+        while True:
+            try:
+                return run, to_the_end(run, stop, profile)
+            except Spiked as spike:
+                run.roll_back(spike)
+
+
+def to_the_end(run: Run, stop: StopRequest, profile: Profile | None) -> bool:
+    """Train from where the run stands; True where it is finished.
+
+    Raises:
+        InputError: as `train`.
+        Diverged: as `train`.
+        Spiked: a step's loss is a spike; nothing was saved since.
+    """
+    ready = run.ready
+    with run.log, run.checkpoints:
+        with Feed(ready.data.stream, ready.step, run.number, ready.recipe.steps) as feed:
+            run.loop(feed, stop, profile)
+            failure = feed.failure
+        finished = run.number >= ready.recipe.steps
+        if run.saved < run.number:
+            run.save()
+        if finished:
+            run.evaluate(WHOLE)
+        with run.clocks.timed("save"):
+            run.checkpoints.wait()
+        run.line.end()
+        if run.said == CANNOT_READ:
+            processes.agree(failure, "reading the training data")
+            raise InputError("a process cannot read the training data", fix="see the other processes' lines")
+    return finished

@@ -23,6 +23,9 @@ FLOORS = {
     "optim": 3,
     "losses": 3,
     "program": 4,
+    "spikes": 4,
+    "clocks": 6,
+    "stop_request": 6,
     "methods": 5,
     "recipe": 6,
     "recipe_file": 6,
@@ -44,7 +47,6 @@ FLOORS = {
     "serve": 7,
     "cli": 9,
     "cli_data": 8,
-    "__main__": 8,
 }
 
 OUTSIDE = ("tests", "recipes", "benchmarks")

@@ -18,7 +18,8 @@ from mosaicjax.errors import InputError
 from mosaicjax.feed import Feed
 from mosaicjax.report.live import LiveLine
 from mosaicjax.run import prepare
-from mosaicjax.train import Run, StopRequest, train
+from mosaicjax.stop_request import StopRequest
+from mosaicjax.train import Run, train
 from tests import jobs, tiny
 from tests.models import oracle
 

@@ -82,6 +82,18 @@ class Stream:
         """Rows of all domains together."""
         return sum(order.rows for order in self._orders)
 
+    def skipping(self, skips: Iterable[int]) -> Stream:
+        """Return the same stream with other steps left out."""
+        return Stream(
+            self.drawn,
+            separator=self.separator,
+            seq=self.seq,
+            batch=self.batch,
+            seed=self.seed,
+            skips=tuple(sorted(skips)),
+            isolate=self.isolate,
+        )
+
     def data_step(self, step: int) -> int:
         """Return the data step that a step of training reads."""
         assert step >= 0, step
