@@ -147,6 +147,32 @@ def test_chunks_of_a_batch(make_split):
         assert len(set((rows // 32).tolist())) >= 64
 
 
+@pytest.mark.parametrize(
+    ("batch", "hosts"),
+    [
+        (960, (1, 2, 4, 5, 6, 8, 10, 12, 15, 20, 24, 30, 40)),
+        (77, (1, 7, 11)),
+        (129, (1, 3, 43)),
+    ],
+)
+def test_a_global_batch_is_the_same_over_any_number_of_hosts(make_split, batch, hosts):
+    """Each host is a stream of its own that reads its own rows alone, of steps in the middle of an epoch."""
+    split = make_split(np.arange(40_000) % 60_000)
+    rows_of = Contiguous(split, 8)
+
+    def stream():
+        drawn = [Drawn("a", rows_of, 3), Drawn("b", Contiguous(make_split(np.arange(9_001)), 8), 1)]
+        return Stream(drawn, separator=SEPARATOR, seq=8, batch=batch, seed=11)
+
+    for step in (3, 41):
+        whole = stream().rows(step, range(batch))
+        for count in hosts:
+            each = batch // count
+            parts = [stream().rows(step, range(host * each, (host + 1) * each)) for host in range(count)]
+            for name, expected in whole.items():
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), expected)
+
+
 def test_isolation_by_hand(make_split):
     split = make_split([7, 11, 12, 7, 21, 7, 31, 32, 33, 7])
     (row,) = [
