@@ -122,3 +122,24 @@ def test_a_run_on_an_object_store(tiny_recipe, tmp_path, monkeypatch, capsys):
         assert tiny.run("generate", out, *prompt) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0].strip()
+
+
+@pytest.mark.slow
+def test_eight_hosts_then_two_see_the_samples_that_one_sees(tiny_recipe, tmp_path):
+    """Killed in the middle of an epoch on 8 processes of a device each, and gone on with by 2 of 4 each."""
+    options = ("--steps", 60, "--eval.every", 0, "--save.every", 3, "--log.tensorboard", "False")
+    command = ("train", tiny_recipe, *options, "--out")
+    changed = tmp_path / "changed"
+    eight = tiny.launch_job(*command, changed, count=8, devices=1)
+    results = tiny.signal_after(eight, changed, 5, tiny.KILL, list(range(8)))
+    assert [result.returncode for result in results] == [-tiny.KILL] * 8
+    at = max(tiny.complete(changed))
+    assert 3 <= at < 60
+    results = tiny.ended(tiny.launch_job(*command, changed, count=2, devices=4))
+    assert [result.returncode for result in results] == [0, 0], results
+    assert f"going on after step {at}" in results[0].stdout
+    tiny.train(tiny_recipe, tmp_path / "one", *options)
+    alone, found = tiny.losses(tmp_path / "one"), tiny.losses(changed)
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
+    # Rows in another order, or of another batch, would be further apart than rounding is.
+    assert np.abs(np.diff(alone)).min() > 10 * np.abs(found - alone).max()
