@@ -69,15 +69,21 @@ def test_killed_and_terminated_runs_go_on_exactly(tiny_recipe, tmp_path):
     same_arrays(stopped, straight, 60)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "steps", "to"),
     [
-        (one_process, 300, {tiny.TERM: [0], tiny.KILL: [0], tiny.INT: [0]}),
-        # Steps are slower here, so that fewer of them pass before a signal arrives.
-        (two_processes, 120, {tiny.TERM: [1], tiny.KILL: [0, 1], tiny.INT: [0]}),
+        pytest.param(
+            *(one_process, 300, {tiny.TERM: [0], tiny.KILL: [0], tiny.INT: [0]}),
+            marks=pytest.mark.slow,
+            id="one process",
+        ),
+        # Steps are slower here, so that fewer of them pass before a signal arrives. It takes minutes.
+        pytest.param(
+            *(two_processes, 120, {tiny.TERM: [1], tiny.KILL: [0, 1], tiny.INT: [0]}),
+            marks=pytest.mark.soak,
+            id="two processes",
+        ),
     ],
-    ids=["one process", "two processes"],
 )
 def test_seven_stops(tiny_recipe, tmp_path, job, steps, to):
     command = ("train", tiny_recipe, *SLOW_STEPS, "--steps", steps)

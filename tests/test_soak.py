@@ -1,4 +1,4 @@
-"""Random kills of random runs, for as long as SOAK_MINUTES says; `make soak` runs it, CI does not."""
+"""Random kills of random runs, for as long as SOAK_MINUTES says; `make soak` runs all with its marker."""
 
 import os
 import random
