@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaicjax import optim, recipe_file
-from mosaicjax.data.mixture import TokenStore
+from mosaicjax.data.mixture import By, Domain, Mixture, Rows, TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.kernels.flash_attention import Implementation
@@ -35,6 +35,7 @@ from mosaicjax.models import mpt
 from mosaicjax.models.decoder import Remat
 from mosaicjax.recipe import Eval, Log, Recipe, Save
 from mosaicjax.spec import Dtypes
+from mosaicjax.spikes import Ignore, RollBack, Stop
 from tests import tiny
 
 FLOATS = st.floats(allow_nan=False, width=64)
@@ -82,14 +83,20 @@ MODELS = some(
     init=st.one_of(some(InitRule), some(Kaiming)),
     remat=st.sampled_from(Remat),
 )
+ROWS = st.sampled_from(Rows)
+DOMAINS = st.lists(st.builds(Domain, NAMES, NAMES, FLOATS), max_size=3).map(tuple)
+DATA = st.one_of(
+    some(TokenStore, path=NAMES, rows=ROWS), some(Mixture, domains=DOMAINS, by=st.sampled_from(By), rows=ROWS)
+)
 RECIPES = some(
     Recipe,
     model=MODELS,
-    data=st.builds(TokenStore, path=NAMES, isolate=st.booleans()),
+    data=DATA,
     optimizer=OPTIMIZERS,
     loss=some(CrossEntropy),
     methods=st.lists(some(ClipGradients), max_size=2).map(tuple),
     skips=st.lists(SIZES, max_size=3).map(tuple),
+    on_spike=st.one_of(some(kind) for kind in (Ignore, Stop, RollBack)),
     mesh=some(
         Mesh,
         fsdp=st.lists(st.integers(-1, 99), max_size=3).map(tuple),
