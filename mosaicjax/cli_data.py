@@ -71,8 +71,9 @@ def _data_build(options: argparse.Namespace) -> int:
     from mosaicjax.data.build import build
     from mosaicjax.data.fim import FillInMiddle
 
-    # As `python` itself does, and the console script does not; worker processes get the same path.
-    sys.path.insert(0, os.getcwd())
+    if options.filter:
+        # As `python` itself does, and the console script does not; worker processes get the same path.
+        sys.path.insert(0, os.getcwd())
     tokens = tuple(options.fim_tokens.split(",")) if options.fim_tokens else ()
     if tokens and not options.fim:
         raise InputError("--fim-tokens without --fim", fix="--fim RATE, such as 0.5")

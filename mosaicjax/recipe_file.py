@@ -16,6 +16,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -38,6 +39,7 @@ SAFE_CHANGES = (
     "mesh",
     "model.remat",
     "data.path",
+    "data.domains.*.path",
     "skips",
     "on_spike",
     "loss.chunk",
@@ -319,7 +321,7 @@ class Change:
     @property
     def safe(self) -> bool:
         """Whether a run may go on with it."""
-        return any(self.name == safe or self.name.startswith(safe + ".") for safe in SAFE_CHANGES)
+        return any(fnmatchcase(self.name, safe) or self.name.startswith(safe + ".") for safe in SAFE_CHANGES)
 
     def __str__(self) -> str:
         before, after = ("(empty)" if value == "" else value for value in (self.before, self.after))

@@ -19,7 +19,7 @@ from mosaicjax import processes, recipe_file, storage
 from mosaicjax.checkpoint import Checkpoints, complete_steps
 from mosaicjax.data import mixture
 from mosaicjax.data.packing import Packing
-from mosaicjax.data.rows import Contiguous, Packed, Rows
+from mosaicjax.data.rows import Contiguous, Packed, SplitRows
 from mosaicjax.data.store import Split, Store
 from mosaicjax.data.stream import Drawn, HeldOut, Stream
 from mosaicjax.data.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def open_data(recipe: Recipe) -> Data:
     )
 
 
-def _rows(split: Split, recipe: Recipe) -> Rows:
+def _rows(split: Split, recipe: Recipe) -> SplitRows:
     if recipe.data.rows is mixture.Rows.BEST_FIT:
         return Packed(Packing.of(split, recipe.seq))
     return Contiguous(split, recipe.seq)

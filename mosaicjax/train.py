@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from mosaicjax import processes, storage
-from mosaicjax.checkpoint import Checkpoints, complete_steps
+from mosaicjax.checkpoint import Checkpoints
 from mosaicjax.clocks import Clocks
 from mosaicjax.errors import Diverged, InputError
 from mosaicjax.evaluate.heldout import Evaluator, Loss
@@ -28,7 +28,8 @@ from mosaicjax.program import DOMAIN_TOKENS
 from mosaicjax.recipe import WHOLE
 from mosaicjax.report.live import LiveLine, Mfu, Progress
 from mosaicjax.report.summary import Heldout, Outcome
-from mosaicjax.run import Ready, first_state, read_cursor, record, resume_row
+from mosaicjax.roll_back import rolled_back
+from mosaicjax.run import Ready, first_state, record, resume_row
 from mosaicjax.spikes import RollBack, Spiked
 from mosaicjax.step import Signals, digest
 from mosaicjax.stop_request import StopRequest
@@ -64,6 +65,7 @@ class Run:
         self.rolled_back_from: Spiked | None = None
         self._pending: tuple[int, dict[str, Array], dict[str, Array]] | None = None
         self._evaluator: Evaluator | None = None
+        self._temporaries: Lent | None = None
         self.losses: deque[float] = deque(ready.cursor.recent, maxlen=self.recipe.on_spike.watched)
         self._recent: deque[tuple[float, float]] = deque(maxlen=SPEED_STEPS)
         self._mark = time.perf_counter()
@@ -95,12 +97,24 @@ class Run:
         self.log.resume(resume_row(self.ready.cursor))
         if self.rolled_back_from is not None:
             spike, self.rolled_back_from = self.rolled_back_from, None
-            values = {"from_step": spike.number, "loss": spike.loss, "skipped": len(self.ready.cursor.skips)}
+            skipped = len(self.ready.cursor.rolled_back)
+            values = {"from_step": spike.number, "loss": spike.loss, "skipped": skipped}
             # Of the first step anew: a run that is killed before its next checkpoint writes it once more.
             self.log.write("rollback", self.number + 1, values, {})
         if self.number >= recipe.steps and (row := self.logged("train")):
             self.last_loss = row["loss"]
-        temporaries = Lent(self.temporary_bytes())
+        if self._temporaries is None:
+            self._temporaries = Lent(self.temporary_bytes())
+        try:
+            self.steps(feed, stop, profile, self._temporaries)
+        finally:
+            self._temporaries.clear()
+            self.end_trace()
+        self.flush()
+
+    def steps(self, feed: Feed, stop: StopRequest, profile: Profile | None, temporaries: Lent) -> None:
+        """The steps of `loop`; the last one's metrics are yet to be read."""
+        recipe = self.recipe
         self._mark = time.perf_counter()
         while self.number < recipe.steps and self.said == GO:
             began = time.perf_counter()
@@ -121,9 +135,6 @@ class Run:
                 self.evaluate(recipe.eval.rows)
             if self.due(recipe.save.every):
                 self.save()
-        temporaries.clear()
-        self.end_trace()
-        self.flush()
 
     def temporary_bytes(self) -> int:
         """What XLA allocates in this thread for a step's temporaries: all of them, or none."""
@@ -300,50 +311,26 @@ class Run:
         )
 
     def roll_back(self, spike: Spiked) -> None:
-        """Go back to the last checkpoint before a spike, or the start, and leave out the data in between.
+        """Go back to before a spike, as `rolled_back` says.
 
         Raises:
-            Diverged: the recipe says stop, or it was done often enough.
+            Diverged: see there.
         """
-        ready, policy = self.ready, self.recipe.on_spike
         self.checkpoints.wait()
-        saved = [step for step in complete_steps(ready.out) if step < spike.number]
-        step = int(processes.broadcast_text(str(max(saved, default=0)), "the checkpoint to go back to"))
-        where = f"the checkpoint of step {step:,}" if step else "the start"
-        often = isinstance(policy, RollBack) and ready.cursor.rollbacks >= policy.most
-        if not isinstance(policy, RollBack) or often:
-            first, last = ready.data.stream.data_step(step), ready.data.stream.data_step(spike.number - 1)
-            raise Diverged(
-                f"{spike}, a spike"
-                + (f", after {ready.cursor.rollbacks} roll-backs" if often else "")
-                + f"; {where} is before it (without the data from there on:"
-                f" --skips {' '.join(map(str, (*ready.data.stream.skips, *range(first, last + 1))))})"
-            )
-        stream = ready.data.stream
-        skipped = {stream.data_step(each) for each in range(step, spike.number)}
-        before = (
-            read_cursor(ready.out, step, ready.data) if step else replace(ready.cursor, tokens=0, recent=())
-        )
-        cursor = replace(
-            before,
-            step=step,
-            skips=tuple(sorted({*stream.skips, *skipped})),
-            rolled_back=tuple(sorted({*ready.cursor.rolled_back, *skipped})),
-            rollbacks=ready.cursor.rollbacks + 1,
-        )
-        self.clocks.forget(before.seconds if step else {})
-        self.ready = replace(
-            ready, cursor=cursor, data=replace(ready.data, stream=stream.skipping(cursor.skips))
-        )
-        self.number, self.tokens, self.saved, self.said = step, cursor.tokens, step, GO
-        self.losses = deque(cursor.recent, maxlen=policy.watched)
+        self.ready, said = rolled_back(self.ready, spike)
+        cursor = self.ready.cursor
+        self.clocks.forget(cursor.seconds)
+        self.number, self.tokens, self.saved, self.said = cursor.step, cursor.tokens, cursor.step, GO
+        self.losses = deque(cursor.recent, maxlen=self.recipe.on_spike.watched)
         self._pending, self.held_out = None, None
+        # There may be no room for two.
+        del self.state
         self.state = first_state(self.ready)
         self.halted = self.not_halted()
         self.log = self.new_log()
         self.rolled_back_from = spike
         if self.primary:
-            self.line.say(f"{spike}, a spike: back to {where}, and on without {len(skipped):,} steps of data")
+            self.line.say(said)
 
     @contextlib.contextmanager
     def traced(self, profile: Profile | None) -> Iterator[None]:

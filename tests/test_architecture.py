@@ -29,6 +29,7 @@ FLOORS = {
     "methods": 5,
     "recipe": 6,
     "recipe_file": 6,
+    "roll_back": 6,
     "run": 6,
     "step": 6,
     "feed": 6,

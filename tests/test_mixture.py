@@ -10,6 +10,7 @@ from mosaicjax import recipe_file
 from mosaicjax.data.build import build
 from mosaicjax.data.mixture import By, Rows
 from mosaicjax.data.store import Store
+from mosaicjax.errors import InputError
 from mosaicjax.models import llama, mpt
 from mosaicjax.run import open_data
 from tests import tiny
@@ -97,6 +98,12 @@ def test_mixtures_are_recipes_like_any_other(mixed_run):
     assert loaded.recipe.data.by is By.ROWS
     assert [domain.amount for domain in loaded.recipe.data.domains] == [3.0, 9.0]
     assert recipe_file.from_json(recipe_file.to_json(loaded.recipe)) == loaded.recipe
+    moved = recipe_file.load(str(mixed_run / "mixed.py"), ["--data.domains.1.path", "elsewhere"]).recipe
+    before = recipe_file.load(str(mixed_run / "mixed.py")).recipe
+    (change,) = recipe_file.check_continues(before, moved, "run")
+    assert (change.name, change.after) == ("data.domains.1.path", "elsewhere")
+    with pytest.raises(InputError, match=r"data.domains.1.amount: 1.0 -> 9.0"):
+        recipe_file.check_continues(before, loaded.recipe, "run")
 
 
 def test_stores_of_two_tokenizers_are_refused(tiny_store, tmp_path, capsys):

@@ -27,7 +27,7 @@ class Held(Protocol):
         ...
 
 
-class Rows(Protocol):
+class SplitRows(Protocol):
     """The rows of a split: how many, and how many neighbours to read at a time."""
 
     per_place: int
@@ -70,7 +70,7 @@ class Contiguous:
         return row_count(len(self.split), self.seq)
 
     def read(self, spans: Sequence[tuple[int, int]]) -> Callable[[], list[Held]]:
-        """See `Rows.read`."""
+        """See `SplitRows.read`."""
         wait = self.split.read([(first * self.seq, last * self.seq + 1) for first, last in spans])
         return lambda: [
             Windows(tokens, first, self.seq) for tokens, (first, _) in zip(wait(), spans, strict=True)
@@ -101,7 +101,7 @@ class Packed:
         return len(self.packing)
 
     def read(self, spans: Sequence[tuple[int, int]]) -> Callable[[], list[Held]]:
-        """See `Rows.read`."""
+        """See `SplitRows.read`."""
         places = [(first, list(self.packing.pieces(first, last))) for first, last in spans]
         merged = [together(np.concatenate(rows)) for _, rows in places]
         wait = self.packing.split.read([span for spans in merged for span in spans])

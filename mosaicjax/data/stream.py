@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mosaicjax.data.order import WINDOW_PLACES, Mix, Order, Orders, order_seed
-from mosaicjax.data.rows import WINDOWS, Batch, Held, Packed, Rows
+from mosaicjax.data.rows import WINDOWS, Batch, Held, Packed, SplitRows
 from mosaicjax.data.store import Split
 from mosaicjax.errors import InputError
 
@@ -22,7 +22,7 @@ class Drawn:
     """A domain of a stream: its rows, and how many of every so many come from it."""
 
     name: str
-    rows: Rows
+    rows: SplitRows
     weight: int
 
 
