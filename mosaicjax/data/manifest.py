@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -168,7 +168,7 @@ def structure(contents: Any, kind: type[T], path: Path) -> T:
 
 def write_json(path: Path, contents: Mapping[str, Any] | Any) -> None:
     """Write a dataclass or mapping as JSON, whole or not at all, and durably."""
-    plain = contents if isinstance(contents, Mapping) else asdict(contents)
+    plain = contents if isinstance(contents, Mapping) else without_empty(contents)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     with unfinished.open("w", encoding="utf-8") as file:
         json.dump(plain, file, indent=1, ensure_ascii=False)
@@ -176,6 +176,23 @@ def write_json(path: Path, contents: Mapping[str, Any] | Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def without_empty(contents: Any) -> Any:
+    """A dataclass as mappings, without optional fields that are empty: versions that lack these read it too."""
+    if isinstance(contents, tuple | list):
+        return [without_empty(each) for each in contents]
+    if isinstance(contents, Mapping):
+        return {name: without_empty(value) for name, value in contents.items()}
+    if not is_dataclass(contents):
+        return contents
+    written = {}
+    for each in fields(contents):
+        value = getattr(contents, each.name)
+        optional = each.default is not MISSING or each.default_factory is not MISSING
+        if value or not optional:
+            written[each.name] = without_empty(value)
+    return written
 
 
 def record_file(path: Path) -> FileRecord:

@@ -91,6 +91,14 @@ def test_manifest_lists_every_file_and_nothing_else(built, data_digests):
     assert len([name for name in recorded["files"] if name.startswith("train/tokens/c/")]) == 3
 
 
+def test_manifest_leaves_out_what_is_not_used(built):
+    settings = json.loads((built / "manifest.json").read_text())["settings"]
+    assert settings["layout"] == {"shard_tokens": SHARD, "part_characters": 2**22}
+    assert settings["seed"] == 0 and settings["include"] == []
+    # Versions that know neither read the store all the same.
+    assert not settings.keys() & {"fim", "filters", "drop_duplicates"}
+
+
 def test_store_has_its_own_tokenizer(built, tokenizer):
     store = Store.open(built)
     assert store.tokenizer.hash == tokenizer.hash == store.manifest.tokenizer.hash
