@@ -59,6 +59,9 @@ def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
     )
     verify = command_of(steps, "verify", _data_verify, "compare a store's files with their checksums")
     verify.add_argument("store")
+    copy = command_of(steps, "copy", _data_copy, "copy a store elsewhere, such as to s3:// or gs://")
+    copy.add_argument("store")
+    copy.add_argument("target")
     inspect = command_of(steps, "inspect", _data_inspect, "what is in stores, and how long it is")
     inspect.add_argument("stores", nargs="+")
     inspect.add_argument("--split", default="train", help="or validation")
@@ -128,6 +131,16 @@ def _data_verify(options: argparse.Namespace) -> int:
         print(
             f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes: sound"
         )
+    return 0
+
+
+def _data_copy(options: argparse.Namespace) -> int:
+    from mosaicjax.data.store import Store
+
+    store = Store.open(options.store)
+    store.copy(options.target)
+    size = store.manifest.data_bytes
+    print(f"{options.target}: {len(store.manifest.files):,} files, {size / 1e9:,.3f} GB")
     return 0
 
 

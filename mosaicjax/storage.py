@@ -7,7 +7,7 @@ import os
 import posixpath
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from mosaicjax.errors import InputError
@@ -159,6 +159,23 @@ def list_dir(path: PathLike) -> list[str]:
         listed = {posixpath.basename(entry.rstrip("/")) for entry in entries}
         # Some stores list the object that stands for the directory itself, as an empty name.
         return sorted(listed - {"", posixpath.basename(text)})
+
+
+def sizes(path: PathLike, names: Iterable[str]) -> dict[str, int]:
+    """Units: bytes, of those of the files below a folder that are there; one listing on an object store.
+
+    Raises:
+        InputError: the store cannot be asked.
+    """
+    with _refusal("list", path):
+        if is_remote(path):
+            filesystem = _filesystem(path)
+            root = filesystem._strip_protocol(os.fspath(path)).rstrip("/") + "/"
+            listed = filesystem.find(root, detail=True)
+            found = {name.removeprefix(root): int(about["size"]) for name, about in listed.items()}
+            return {name: found[name] for name in names if name in found}
+        there = {name: join(local(path), name) for name in names}
+        return {name: os.path.getsize(file) for name, file in there.items() if os.path.isfile(file)}
 
 
 def find(path: PathLike) -> list[str]:

@@ -1,9 +1,12 @@
 """A local S3 server for tests: one a process, a bucket a test."""
 
+import contextlib
 import functools
 import itertools
 import logging
 import os
+import urllib.request
+from collections.abc import Iterator
 
 import boto3
 import pytest
@@ -12,14 +15,62 @@ from moto.server import ThreadedMotoServer
 _numbers = itertools.count()
 
 
+_counting: list[list[str]] = []
+
+
+def serve(port: int = 0) -> ThreadedMotoServer:
+    """Start a server; what another of this process was given is here too."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    return server
+
+
+def stop(server: ThreadedMotoServer) -> None:
+    """Let nobody in any more; connections under way are left to their end."""
+    server.stop()
+    server._server.server_close()
+
+
 @functools.cache
 def _endpoint() -> str:
     # s3fs keeps the endpoint it first saw, so the server lives as long as the test process.
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    server = serve()
+    app = server._server.app
+
+    def counted(environ, start_response):
+        for paths in _counting:
+            paths.append(environ["PATH_INFO"])
+        return app(environ, start_response)
+
+    server._server.app = counted
     host, port = server.get_host_and_port()
     return f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """The paths of all requests for the time being."""
+    paths: list[str] = []
+    _counting.append(paths)
+    yield paths
+    _counting.remove(paths)
+
+
+@contextlib.contextmanager
+def keys_asked_for() -> Iterator[None]:
+    """Refuse every key, as a server does that knows none, for the time being."""
+
+    def allow_first(count: bytes) -> None:
+        address = f"{_endpoint()}/moto-api/reset-auth"
+        with urllib.request.urlopen(urllib.request.Request(address, count, {"Content-Type": "text/plain"})):
+            pass
+
+    allow_first(b"0")
+    try:
+        yield
+    finally:
+        allow_first(b"inf")
 
 
 def new_bucket(monkeypatch: pytest.MonkeyPatch) -> str:

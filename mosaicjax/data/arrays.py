@@ -1,4 +1,4 @@
-"""The arrays of a store on the disk: zarr3, sharded, every chunk with a checksum."""
+"""The arrays of a store: zarr3, sharded, every chunk with a checksum, here or on an object store."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from mosaicjax import storage
+
 CHUNK_TOKENS = 65_536
 CHUNK_DOCUMENTS = 8_192
 SHARD_DOCUMENTS = 2**20
+BLOCK_CHUNKS = 4
+"""So many chunks of a remote array are kept together on this machine's disk."""
+RETRIES = {"max_retries": 120, "initial_delay": "500ms", "max_delay": "5s"}
 
 
 def token_dtype(vocabulary: int) -> str:
@@ -56,8 +61,12 @@ def write_shard_of(folder: Path, first: int, tokens: np.ndarray) -> None:
     array[first : first + len(tokens)].write(tokens).result()
 
 
-def open_array(folder: Path, cache_bytes: int) -> Any:
-    """Open an array for reading, with a pool of at most `cache_bytes` of chunks kept in memory."""
+def open_array(folder: storage.PathLike, cache_bytes: int) -> Any:
+    """Begin to open an array for reading, with a pool of at most `cache_bytes` of chunks kept in memory.
+
+    A request that a remote store does not answer is repeated, after a second at first and then after twice
+    as long each time, for some ten minutes. The result's `result()` waits.
+    """
     import tensorstore
 
     spec = _spec(folder) | {
@@ -65,14 +74,20 @@ def open_array(folder: Path, cache_bytes: int) -> Any:
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
     }
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
-    return tensorstore.open(spec, context=context, open=True, read=True).result()
+    context = tensorstore.Context(
+        {
+            "cache_pool": {"total_bytes_limit": cache_bytes},
+            "s3_request_retries": RETRIES,
+            "gcs_request_retries": RETRIES,
+        }
+    )
+    return tensorstore.open(spec, context=context, open=True, read=True)
 
 
-def shard_file(folder: Path, number: int, axes: int = 1) -> Path:
+def shard_file(folder: Path | str, number: int, axes: int = 1) -> Path:
     """Return the file that holds a shard of an array of so many axes."""
-    return folder.joinpath("c", str(number), *["0"] * (axes - 1))
+    return Path(folder, "c", str(number), *["0"] * (axes - 1))
 
 
-def _spec(folder: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}
+def _spec(folder: storage.PathLike) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": storage.tensorstore_spec(f"{folder}/")}

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mosaicjax import storage
 from mosaicjax.data.arrays import CHUNK_TOKENS, token_dtype
 from mosaicjax.data.documents import Documents, open_sources
 from mosaicjax.data.filters import Filter, described
@@ -83,6 +84,13 @@ def build(
         something else, was begun with other settings or is being built by another process, and sources that
         changed since it was begun.
     """
+    if storage.is_remote(out):
+        raise InputError(
+            "a token store is built on this machine",
+            expected="a local folder",
+            got=out,
+            fix=f"build into a folder here, then: mosaicjax data copy FOLDER {out}",
+        )
     out = Path(out)
     check_fraction(held_out)
     _check_layout(workers, layout)

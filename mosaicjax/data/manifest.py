@@ -8,8 +8,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from mosaicjax import storage
 from mosaicjax.data.fim import FillInMiddle
 from mosaicjax.errors import InputError
 
@@ -129,22 +130,20 @@ class Manifest:
         return sum(record.bytes for record in self.files.values())
 
 
-def read_manifest(store: Path) -> Manifest:
+def read_manifest(store: storage.PathLike) -> Manifest:
     """Read the manifest of a store.
 
     Raises: InputError where there is none (no store, or an unfinished build) or it cannot be used.
     """
-    path = store / NAME
-    if not store.is_dir():
-        raise InputError(f"there is no token store at {store}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    path = storage.join(store, NAME)
+    if not storage.exists(path):
+        if not storage.exists(store):
+            raise InputError(f"there is no token store at {store}")
         raise InputError(
             f"{store} has no {NAME}: an unfinished build", fix="run the same command again to finish it"
-        ) from error
+        )
     try:
-        contents = json.loads(text)
+        contents = json.loads(storage.read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is damaged", expected="JSON", got=str(error)) from error
     version = (contents.get("format"), contents.get("version")) if isinstance(contents, dict) else None
@@ -153,7 +152,7 @@ def read_manifest(store: Path) -> Manifest:
     return structure(contents, Manifest, path)
 
 
-def structure(contents: Any, kind: type[T], path: Path) -> T:
+def structure(contents: Any, kind: type[T], path: storage.PathLike) -> T:
     """Build a dataclass of this module from parsed JSON.
 
     Raises: InputError naming the file where fields lack or are too many.
@@ -179,7 +178,7 @@ def write_json(path: Path, contents: Mapping[str, Any] | Any) -> None:
 
 
 def without_empty(contents: Any) -> Any:
-    """A dataclass as mappings, without optional fields that are empty: versions that lack these read it too."""
+    """A dataclass as mappings, without optional fields that are empty, for versions that lack them."""
     if isinstance(contents, tuple | list):
         return [without_empty(each) for each in contents]
     if isinstance(contents, Mapping):
@@ -195,8 +194,8 @@ def without_empty(contents: Any) -> Any:
     return written
 
 
-def record_file(path: Path) -> FileRecord:
-    """Return the size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(os.fstat(file.fileno()).st_size, digest)
+def record_file(path: storage.PathLike) -> FileRecord:
+    """Return the size and SHA-256 of a file, on this machine or elsewhere."""
+    with storage.reading(path) as file:
+        digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)

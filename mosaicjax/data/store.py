@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mosaicjax.data.arrays import open_array, shard_file
-from mosaicjax.data.manifest import SPLITS, Counts, Manifest, read_manifest, record_file
+from mosaicjax import storage
+from mosaicjax.data.arrays import BLOCK_CHUNKS, CHUNK_DOCUMENTS, CHUNK_TOKENS, shard_file
+from mosaicjax.data.disk_cache import DiskCache, Place
+from mosaicjax.data.manifest import (
+    NAME,
+    SPLITS,
+    Counts,
+    FileRecord,
+    Manifest,
+    read_manifest,
+    record_file,
+)
+from mosaicjax.data.readers import Blocks, Direct, Reader
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
 from mosaicjax.errors import InputError
 
 CACHE_BYTES = 256 * 2**20
 VERIFIED_AT_OPEN_BYTES = 2 * 2**30
+RESTORE = "restore the file, or build the store again"
 
 
 class Split:
     """One split: the tokens `[SEP] document [SEP] document ... [SEP]`, and where each document lies."""
 
-    def __init__(self, folder: Path, counts: Counts, shard_tokens: int, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: storage.PathLike,
+        counts: Counts,
+        shard_tokens: int,
+        cache_bytes: int,
+        *,
+        readers: tuple[Reader, Reader] | None = None,
+    ) -> None:
+        """`readers` are those of its tokens and its documents, where they do not lie on this machine."""
         self.folder = folder
         self.counts = counts
         self.shard_tokens = shard_tokens
-        self.cache_bytes = cache_bytes
+        self._tokens, self._documents = readers or (
+            Direct(storage.join(folder, "tokens"), cache_bytes),
+            Direct(storage.join(folder, "documents"), 0),
+        )
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -37,21 +61,18 @@ class Split:
         Shapes: the result's arrays, of the store's dtype, [last - first].
         Raises: InputError, from the result, naming the shard file that is damaged or missing.
         """
-        import tensorstore
-
         for first, last in spans:
             assert 0 <= first <= last <= len(self), (first, last, len(self))
-        with tensorstore.Batch() as batch:
-            pending = [self._tokens[first:last].read(batch=batch) for first, last in spans]
+        try:
+            begun = self._tokens.begin(spans)
+        except ValueError as error:
+            raise self._unreadable("tokens", error) from error
 
         def wait() -> list[np.ndarray]:
-            read = []
-            for (first, last), future in zip(spans, pending, strict=True):
-                try:
-                    read.append(future.result())
-                except ValueError as error:
-                    raise self._damage(first, last - first, error) from error
-            return read
+            try:
+                return begun()
+            except ValueError as error:
+                raise self._damage(spans, error) from error
 
         return wait
 
@@ -83,77 +104,89 @@ class Split:
 
     def _table(self, first: int, last: int) -> np.ndarray:
         try:
-            table: np.ndarray = self._documents[first:last].read().result()
-        except ValueError as error:
-            raise self._unreadable("documents", error) from error
-        return table
-
-    @cached_property
-    def _documents(self) -> Any:
-        try:
-            return open_array(self.folder / "documents", 0)
+            return self._documents.begin([(first, last)])()[0]
         except ValueError as error:
             raise self._unreadable("documents", error) from error
 
     def _unreadable(self, name: str, error: ValueError) -> InputError:
-        return InputError(f"{self.folder / name} is damaged", got=str(error), fix="build the store again")
+        return unreadable(storage.join(self.folder, name), error)
 
-    @cached_property
-    def _tokens(self) -> Any:
-        try:
-            return open_array(self.folder / "tokens", self.cache_bytes)
-        except ValueError as error:
-            raise self._unreadable("tokens", error) from error
+    def _damage(self, spans: Sequence[tuple[int, int]], error: ValueError) -> InputError:
+        """Find the shard that cannot be read, by reading each that the spans touch."""
+        if out_of_reach(error):
+            return self._unreadable("tokens", error)
+        for start, end in spans:
+            for shard in range(start // self.shard_tokens, -(-end // self.shard_tokens)):
+                first = max(start, shard * self.shard_tokens)
+                last = min(end, (shard + 1) * self.shard_tokens)
+                try:
+                    self._tokens.check(first, last)
+                except ValueError as of_shard:
+                    name = shard_file("tokens", shard).as_posix()
+                    return unreadable(storage.join(self.folder, name), of_shard, "shard ")
+        return self._unreadable("tokens", error)
 
-    def _damage(self, start: int, length: int, error: ValueError) -> InputError:
-        """Find the shard that cannot be read, by reading each that the window touches."""
-        for shard in range(start // self.shard_tokens, (start + length - 1) // self.shard_tokens + 1):
-            first = max(start, shard * self.shard_tokens)
-            last = min(start + length, (shard + 1) * self.shard_tokens)
-            try:
-                self._tokens[first:last].read().result()
-            except ValueError as of_shard:
-                path = shard_file(self.folder / "tokens", shard)
-                return InputError(
-                    f"shard {path} is damaged",
-                    got=str(of_shard),
-                    fix="restore the file, or build the store again",
-                )
-        return InputError(
-            f"tokens {start} to {start + length} of {self.folder} cannot be read", got=str(error)
-        )
+
+def out_of_reach(error: ValueError) -> bool:
+    """Whether TensorStore reports that a store could not be asked, other than that files there are bad."""
+    # ABORTED is a request that was repeated often enough.
+    kinds = ("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE")
+    return str(error).startswith(kinds)
+
+
+def unreadable(path: str, error: ValueError, what: str = "") -> InputError:
+    """The line for a file or array that TensorStore cannot read."""
+    said = storage.one_line(ValueError(str(error).split(" [tensorstore_spec=")[0]))
+    if out_of_reach(error):
+        fix = "check the connection and the credentials; the same command goes on where it stopped"
+        return InputError(f"{path} cannot be read", got=said, fix=fix)
+    return InputError(f"{what}{path} is damaged", got=said, fix=RESTORE)
 
 
 class Store:
-    """A finished token store."""
+    """A finished token store, on this machine or on `s3://` or `gs://`."""
 
-    def __init__(self, path: Path, manifest: Manifest, cache_bytes: int) -> None:
+    def __init__(self, path: storage.PathLike, manifest: Manifest, cache_bytes: int) -> None:
         self.path = path
         self.manifest = manifest
         self.cache_bytes = cache_bytes
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False, cache_bytes: int = CACHE_BYTES) -> Store:
+    def open(cls, path: storage.PathLike, *, verify: bool = False, cache_bytes: int = CACHE_BYTES) -> Store:
         """Open a store: its manifest is read and the size of every file compared, nothing more.
 
-        With `verify`, a store under 2 GiB is also hashed whole; for a larger one call `verify()`, which takes
-        longer.
+        With `verify`, a store under 2 GiB on this machine is also hashed whole; for another one call
+        `verify()`, which takes longer. Every chunk's checksum is compared when it is read.
 
         Raises: InputError where there is no finished store, or a file is missing or of another size or
         contents.
         """
-        path = Path(path)
+        if not storage.is_remote(path):
+            path = storage.local(path)
         store = cls(path, read_manifest(path), cache_bytes)
         store._check_sizes(store.manifest.files)
-        if verify and store.manifest.data_bytes < VERIFIED_AT_OPEN_BYTES:
+        if verify and not storage.is_remote(path) and store.manifest.data_bytes < VERIFIED_AT_OPEN_BYTES:
             store.verify()
         return store
 
     @cached_property
+    def cache(self) -> DiskCache:
+        """Where blocks of a store that lies elsewhere are kept.
+
+        Raises: InputError where the folder cannot be used.
+        """
+        return DiskCache(Place.of_machine())
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens, from the store's own copy."""
+        """The tokenizer that made the tokens, from the store's own copy, or a copy of that."""
         record = self.manifest.tokenizer
-        return load_tokenizer(self.path / "tokenizer" / record.files[0], separator=record.separator_token)
+        folder = Path(storage.join(self.path, "tokenizer"))
+        if storage.is_remote(self.path):
+            folder = self.cache.folder / "tokenizers" / record.hash
+            for name in record.files:
+                self._copy(f"tokenizer/{name}", folder / name)
+        return load_tokenizer(folder / record.files[0], separator=record.separator_token)
 
     def split(self, name: str, *, cache_bytes: int | None = None) -> Split:
         """Return the split `train` or `validation`, with a cache of chunks like the store's or of its own.
@@ -162,11 +195,30 @@ class Store:
         """
         if name not in SPLITS:
             raise InputError("no such split", expected=" or ".join(SPLITS), got=name)
+        counts, folder = self.manifest.splits[name], storage.join(self.path, name)
+        readers = None
+        if storage.is_remote(self.path):
+            shape = {"tokens": (counts.tokens,), "documents": (counts.documents, 2)}
+            chunk = {"tokens": CHUNK_TOKENS, "documents": CHUNK_DOCUMENTS}
+            dtype = {"tokens": self.manifest.dtype, "documents": "int64"}
+
+            def blocks(array: str) -> Blocks:
+                return Blocks(
+                    storage.join(folder, array),
+                    shape[array],
+                    dtype[array],
+                    block=BLOCK_CHUNKS * chunk[array],
+                    cache=self.cache,
+                    name=digest(self.manifest.files, f"{name}/{array}/"),
+                )
+
+            readers = blocks("tokens"), blocks("documents")
         return Split(
-            self.path / name,
-            self.manifest.splits[name],
+            folder,
+            counts,
             self.manifest.settings.layout.shard_tokens,
             self.cache_bytes if cache_bytes is None else cache_bytes,
+            readers=readers,
         )
 
     def verify(self, split: str | None = None) -> None:
@@ -177,29 +229,53 @@ class Store:
         files = [name for name in self.manifest.files if split is None or name.startswith(f"{split}/")]
         self._check_sizes(files)
         for name in files:
-            found = record_file(self.path / name)
-            recorded = self.manifest.files[name]
-            if found != recorded:
-                raise InputError(
-                    f"{self.path / name} is damaged",
-                    expected=f"SHA-256 {recorded.sha256}",
-                    got=found.sha256,
-                    fix="restore the file, or build the store again",
-                )
+            self._check(storage.join(self.path, name), name)
+
+    def copy(self, target: storage.PathLike) -> None:
+        """Copy the store to anywhere, each file compared with the manifest before it goes, the manifest last.
+
+        Raises: InputError for a damaged file, or a target that holds something else.
+        """
+        found = storage.list_dir(target)
+        if NAME in found and read_manifest(target) == self.manifest:
+            return
+        if NAME in found:
+            raise InputError(f"{target} is another store", fix="copy to another folder, or delete that one")
+        for name in self.manifest.files:
+            self._check(storage.join(self.path, name), name)
+            storage.copy_file(storage.join(self.path, name), storage.join(target, name))
+        storage.copy_file(storage.join(self.path, NAME), storage.join(target, NAME))
+
+    def _check(self, path: storage.PathLike, name: str) -> None:
+        """Compare a file, or a copy of it, with the manifest."""
+        found, recorded = record_file(path), self.manifest.files[name]
+        if found != recorded:
+            raise InputError(
+                f"{path} is damaged", expected=f"SHA-256 {recorded.sha256}", got=found.sha256, fix=RESTORE
+            )
+
+    def _copy(self, name: str, target: Path) -> None:
+        """Have a file of the store on this machine."""
+        if not target.exists() or record_file(target) != self.manifest.files[name]:
+            storage.copy_file(storage.join(self.path, name), target)
+            self._check(target, name)
 
     def _check_sizes(self, files: Iterable[str]) -> None:
+        sizes = storage.sizes(self.path, files)
         for name in files:
-            path = self.path / name
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError as error:
-                raise InputError(
-                    f"{path} is missing", fix="restore the file, or build the store again"
-                ) from error
-            if size != self.manifest.files[name].bytes:
+            path = storage.join(self.path, name)
+            if name not in sizes:
+                raise InputError(f"{path} is missing", fix=RESTORE)
+            if sizes[name] != self.manifest.files[name].bytes:
                 raise InputError(
                     f"{path} is damaged",
                     expected=f"{self.manifest.files[name].bytes} bytes",
-                    got=size,
-                    fix="restore the file, or build the store again",
+                    got=sizes[name],
+                    fix=RESTORE,
                 )
+
+
+def digest(files: Mapping[str, FileRecord], prefix: str = "") -> str:
+    """What files of a store are known by: a digest of their checksums in the order of their names."""
+    hashes = (record.sha256 for name, record in sorted(files.items()) if name.startswith(prefix))
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
