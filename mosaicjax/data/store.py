@@ -161,8 +161,6 @@ class Store:
         Raises: InputError where there is no finished store, or a file is missing or of another size or
         contents.
         """
-        if not storage.is_remote(path):
-            path = storage.local(path)
         store = cls(path, read_manifest(path), cache_bytes)
         store._check_sizes(store.manifest.files)
         if verify and not storage.is_remote(path) and store.manifest.data_bytes < VERIFIED_AT_OPEN_BYTES:
