@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -91,23 +92,25 @@ class MetricsLog:
         plain_values, plain_time = _plain(values), _plain(time)
         assert not set(RESERVED) & set(plain_values), f"reserved keys in {sorted(plain_values)}"
         row = {"step": int(step), "kind": kind, **encode(plain_values), "time": encode(plain_time)}
-        self._file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-        # Handed to the system at once: `tail -f` follows, and killing this process loses no row.
-        self._file.flush()
-        if self._events is not None:
-            for prefix, group in ((kind, plain_values), (f"{kind}/time", plain_time)):
-                for name, value in group.items():
-                    if not isinstance(value, str):
-                        self._events.scalar(f"{prefix}/{name}", int(step), float(value))
+        with storage.refusal("write", storage.join(self._run_dir, METRICS)):
+            self._file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+            # Handed to the system at once: `tail -f` follows, and killing this process loses no row.
+            self._file.flush()
+            if self._events is not None:
+                for prefix, group in ((kind, plain_values), (f"{kind}/time", plain_time)):
+                    for name, value in group.items():
+                        if not isinstance(value, str):
+                            self._events.scalar(f"{prefix}/{name}", int(step), float(value))
 
     def sync(self) -> None:
         """Return once every row written so far outlives this machine's crash (or is in the remote store)."""
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.flush()
+        with storage.refusal("write", storage.join(self._run_dir, METRICS)):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if self._events is not None:
+                self._events.flush()
         if self._buffer is not None:
             storage.copy_file(self._local(METRICS), storage.join(self._run_dir, METRICS))
             events = self._local(TENSORBOARD)
@@ -116,17 +119,22 @@ class MetricsLog:
                 storage.copy_file(storage.join(events, name), target)
 
     def close(self) -> None:
-        """Sync and let go of the files; a second call does nothing."""
-        if self._file is not None:
-            self.sync()
-            self._file.close()
-            self._file = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-        if self._buffer is not None:
-            self._buffer.cleanup()
-            self._buffer = None
+        """Sync and let go of the files; a second call does nothing.
+
+        Raises:
+            InputError: the rows since the last sync cannot be written.
+        """
+        with storage.refusal("write", storage.join(self._run_dir, METRICS)), contextlib.ExitStack() as closed:
+            if self._buffer is not None:
+                closed.callback(self._buffer.cleanup)
+            if self._events is not None:
+                closed.callback(self._events.close)
+            if self._file is not None:
+                closed.callback(self._file.close)
+            try:
+                self.sync()
+            finally:
+                self._file = self._events = self._buffer = None
 
     def __enter__(self) -> Self:
         """The log itself, closed when the block ends."""

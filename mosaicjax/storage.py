@@ -51,7 +51,7 @@ def exists(path: PathLike) -> bool:
     Raises:
         InputError: the store cannot be asked (no such bucket, no access, no connection).
     """
-    with _refusal("look at", path):
+    with refusal("look at", path):
         if is_remote(path):
             return bool(_filesystem(path).exists(os.fspath(path)))
         return os.path.exists(local(path))
@@ -63,7 +63,7 @@ def read_bytes(path: PathLike) -> bytes:
     Raises:
         InputError: it is missing or cannot be read.
     """
-    with _refusal("read", path):
+    with refusal("read", path):
         if is_remote(path):
             return bytes(_filesystem(path).cat_file(os.fspath(path)))
         with open(local(path), "rb") as file:
@@ -76,7 +76,7 @@ def file_size(path: PathLike) -> int:
     Raises:
         InputError: it is missing or cannot be looked at.
     """
-    with _refusal("read", path):
+    with refusal("read", path):
         if is_remote(path):
             return int(_filesystem(path).size(os.fspath(path)))
         return os.path.getsize(local(path))
@@ -88,7 +88,7 @@ def read_range(path: PathLike, begin: int, end: int) -> bytes:
     Raises:
         InputError: it is missing or cannot be read.
     """
-    with _refusal("read", path):
+    with refusal("read", path):
         if is_remote(path):
             return bytes(_filesystem(path).cat_file(os.fspath(path), start=begin, end=end))
         with open(local(path), "rb") as file:
@@ -114,7 +114,7 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     Raises:
         InputError: the store refuses.
     """
-    with _refusal("write", path):
+    with refusal("write", path):
         if is_remote(path):
             _filesystem(path).pipe_file(os.fspath(path), content)
         else:
@@ -137,7 +137,7 @@ def make_dirs(path: PathLike) -> None:
         InputError: the file system refuses.
     """
     if not is_remote(path):
-        with _refusal("make directory", path):
+        with refusal("make directory", path):
             os.makedirs(local(path), exist_ok=True)
 
 
@@ -147,7 +147,7 @@ def list_dir(path: PathLike) -> list[str]:
     Raises:
         InputError: the store cannot be asked (no such bucket, no access, no connection).
     """
-    with _refusal("list", path):
+    with refusal("list", path):
         if not is_remote(path):
             target = local(path)
             return sorted(os.listdir(target)) if os.path.isdir(target) else []
@@ -167,7 +167,7 @@ def sizes(path: PathLike, names: Iterable[str]) -> dict[str, int]:
     Raises:
         InputError: the store cannot be asked.
     """
-    with _refusal("list", path):
+    with refusal("list", path):
         if is_remote(path):
             filesystem = _filesystem(path)
             root = filesystem._strip_protocol(os.fspath(path)).rstrip("/") + "/"
@@ -185,7 +185,7 @@ def find(path: PathLike) -> list[str]:
         InputError: the store cannot be asked.
     """
     assert is_remote(path), path
-    with _refusal("list", path):
+    with refusal("list", path):
         filesystem = _filesystem(path)
         root = filesystem._strip_protocol(os.fspath(path)).rstrip("/") + "/"
         return sorted(name.removeprefix(root) for name in filesystem.find(root) if name != root)
@@ -197,7 +197,7 @@ def remove_tree(path: PathLike) -> None:
     Raises:
         InputError: the store refuses.
     """
-    with _refusal("remove", path):
+    with refusal("remove", path):
         if is_remote(path):
             filesystem = _filesystem(path)
             if filesystem.exists(os.fspath(path)):
@@ -216,9 +216,9 @@ def copy_file(source: PathLike, target: PathLike) -> None:
     Raises:
         InputError: one of the two stores refuses.
     """
-    with _refusal("copy", source), contextlib.ExitStack() as files:
+    with refusal("copy", source), contextlib.ExitStack() as files:
         incoming = files.enter_context(_open(source, "rb"))
-        with _refusal("write", target):
+        with refusal("write", target):
             if is_remote(target):
                 with _open(target, "wb") as outgoing:
                     shutil.copyfileobj(incoming, outgoing, _COPY_BYTES)
@@ -233,7 +233,7 @@ def reading(path: PathLike) -> Iterator[IO[bytes]]:
     Raises:
         InputError: it is missing or cannot be read.
     """
-    with _refusal("read", path), _open(path, "rb") as file:
+    with refusal("read", path), _open(path, "rb") as file:
         yield file
 
 
@@ -246,7 +246,7 @@ def appending(path: PathLike) -> Iterator[IO[bytes]]:
     Raises:
         InputError: the store refuses.
     """
-    with _refusal("write", path):
+    with refusal("write", path):
         if not is_remote(path):
             os.makedirs(os.path.dirname(local(path)), exist_ok=True)
         with _open(path, "wb") as file:
@@ -338,8 +338,12 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 @contextlib.contextmanager
-def _refusal(action: str, path: PathLike) -> Iterator[None]:
-    """Turn a store's own exceptions into the one line a user reads."""
+def refusal(action: str, path: PathLike) -> Iterator[None]:
+    """Turn a store's own exceptions into the one line a user reads.
+
+    Raises:
+        InputError: cannot do this at that path, and why.
+    """
     try:
         yield
     except InputError:

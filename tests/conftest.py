@@ -1,3 +1,4 @@
+import hashlib
 import os
 from pathlib import Path
 
@@ -67,3 +68,17 @@ def tiny_run(tiny_recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     tiny.train(tiny_recipe, out, "--log.norms", "True", "--profile", "2:3")
     return out
+
+
+@pytest.fixture(scope="session")
+def data_digests():
+    """`data_digests(store)`: the SHA-256 of every file of a store but its manifest, by name."""
+
+    def digests(store):
+        files = (path for path in Path(store).rglob("*") if path.is_file() and path.name != "manifest.json")
+        return {
+            path.relative_to(store).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+        }
+
+    return digests

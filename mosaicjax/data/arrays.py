@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ def create_array(folder: Path, *, dtype: str, shape: Sequence[int], shard: int, 
     """Create a zarr3 array, or open the one there of the same kind, and return it open.
 
     It is sharded along its first axis; the inner chunks are raw, each with a CRC-32C.
+
+    Raises: OSError where the disk takes no more.
     """
     import tensorstore
 
@@ -49,16 +54,37 @@ def create_array(folder: Path, *, dtype: str, shape: Sequence[int], shard: int, 
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }
-    return tensorstore.open(spec, create=True, open=True).result()
+    with writing():
+        return tensorstore.open(spec, create=True, open=True).result()
 
 
 def write_shard_of(folder: Path, first: int, tokens: np.ndarray) -> None:
-    """Write one whole shard, from position `first` on, into an array that exists."""
+    """Write one whole shard, from position `first` on, into an array that exists.
+
+    Raises: OSError where the disk takes no more.
+    """
     import tensorstore
 
     spec = _spec(folder) | {"store_data_equal_to_fill_value": True}
-    array = tensorstore.open(spec, open=True).result()
-    array[first : first + len(tokens)].write(tokens).result()
+    with writing():
+        array = tensorstore.open(spec, open=True).result()
+        array[first : first + len(tokens)].write(tokens).result()
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Have what TensorStore says of a disk that takes no more as the error that it is.
+
+    Raises: OSError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        if found is None:
+            raise
+        code, said = int(found.group(1)), str(error).split(" [os_error_code=")[0]
+        raise OSError(code, f"{os.strerror(code)} ({said})") from error
 
 
 def open_array(folder: storage.PathLike, cache_bytes: int) -> Any:

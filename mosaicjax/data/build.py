@@ -52,6 +52,7 @@ from mosaicjax.errors import InputError
 WORK = ".unfinished"
 ALL_CORES = 0
 DEFAULT_LAYOUT = Layout()
+GOES_ON = "make room, if the disk is full; the same command goes on where it stopped"
 FIM_KINDS = {"psm": PSM, "spm": SPM}
 
 
@@ -121,7 +122,12 @@ def build(
             _remove_work(out)
             return finished
         cores = workers or available_cores()
-        return _finish(out, documents, settings, tokenizer, tuple(filters), cores, progress)
+        try:
+            return _finish(out, documents, settings, tokenizer, tuple(filters), cores, progress)
+        except OSError as error:
+            raise InputError(
+                f"the build of {out} cannot go on", got=storage.one_line(error), fix=GOES_ON
+            ) from error
 
 
 def _check_layout(workers: int, layout: Layout) -> None:

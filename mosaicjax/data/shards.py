@@ -18,6 +18,7 @@ from mosaicjax.data.arrays import (
     create_array,
     shard_file,
     write_shard_of,
+    writing,
 )
 from mosaicjax.data.manifest import SPLITS, Counts, FileRecord, record_file, structure, write_json
 from mosaicjax.data.parts import Tokenised
@@ -117,7 +118,8 @@ def write_documents(folder: Path, table: Table) -> list[Path]:
     files = [folder / "zarr.json"]
     for number, first in enumerate(range(0, count, SHARD_DOCUMENTS)):
         last = min(first + SHARD_DOCUMENTS, count)
-        array[first:last].write(contents[first:last]).result()
+        with writing():
+            array[first:last].write(contents[first:last]).result()
         files.append(shard_file(folder, number, axes=2))
     return files
 

@@ -1,5 +1,4 @@
 import email
-import hashlib
 import json
 from pathlib import Path
 
@@ -47,17 +46,3 @@ def write_rows():
         return path
 
     return write
-
-
-@pytest.fixture(scope="session")
-def data_digests():
-    """`data_digests(store)`: the SHA-256 of every file of a store but its manifest, by name."""
-
-    def digests(store):
-        files = (path for path in Path(store).rglob("*") if path.is_file() and path.name != "manifest.json")
-        return {
-            path.relative_to(store).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files
-        }
-
-    return digests
