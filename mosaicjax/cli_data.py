@@ -37,6 +37,9 @@ def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
     build.add_argument("--seed", type=int, default=0, help="of the documents' order")
     build.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     build.add_argument(
+        "--engine", default="cores", help="or spark: this machine, or the cluster that spark-submit brings"
+    )
+    build.add_argument(
         "--filter",
         action="append",
         default=[],
@@ -71,12 +74,16 @@ def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
 
 def _data_build(options: argparse.Namespace) -> int:
     from mosaicjax.data import filters
-    from mosaicjax.data.build import build
+    from mosaicjax.data.build import Engines, build
     from mosaicjax.data.fim import FillInMiddle
 
     if options.filter:
         # As `python` itself does, and the console script does not; worker processes get the same path.
         sys.path.insert(0, os.getcwd())
+    names = [each.value for each in Engines]
+    if options.engine not in names:
+        raise InputError("no such engine", expected=" or ".join(names), got=options.engine)
+    engine = Engines(options.engine)
     tokens = tuple(options.fim_tokens.split(",")) if options.fim_tokens else ()
     if tokens and not options.fim:
         raise InputError("--fim-tokens without --fim", fix="--fim RATE, such as 0.5")
@@ -93,6 +100,7 @@ def _data_build(options: argparse.Namespace) -> int:
         fim=FillInMiddle(options.fim, options.fim_spm, tokens),
         filters=filters.find(options.filter),
         drop_duplicates=options.drop_duplicates,
+        engine=engine,
     )
     for name, counts in manifest.splits.items():
         print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")

@@ -53,7 +53,17 @@ FLOORS = {
 OUTSIDE = ("tests", "recipes", "benchmarks")
 
 # Slow to import and needed by few commands: they are imported by the function that needs them.
-LAZY = {"datasets", "deltalake", "matplotlib", "moto", "pyarrow", "pytest", "sentencepiece", "tensorboardX"}
+LAZY = {
+    "datasets",
+    "deltalake",
+    "matplotlib",
+    "moto",
+    "pyarrow",
+    "pyspark",
+    "pytest",
+    "sentencepiece",
+    "tensorboardX",
+}
 
 
 def modules(package: Path) -> dict[str, Path]:

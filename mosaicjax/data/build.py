@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 
 from mosaicjax import storage
@@ -44,9 +45,10 @@ from mosaicjax.data.manifest import (
 )
 from mosaicjax.data.parts import PartSettings, tokenise
 from mosaicjax.data.shards import ShardWriter, shuffle, write_documents
+from mosaicjax.data.spark import Spark
 from mosaicjax.data.split import check_fraction
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
-from mosaicjax.data.workers import available_cores
+from mosaicjax.data.workers import Cores, Engine, available_cores
 from mosaicjax.errors import InputError
 
 WORK = ".unfinished"
@@ -54,6 +56,15 @@ ALL_CORES = 0
 DEFAULT_LAYOUT = Layout()
 GOES_ON = "make room, if the disk is full; the same command goes on where it stopped"
 FIM_KINDS = {"psm": PSM, "spm": SPM}
+
+
+class Engines(Enum):
+    """Who does the work of a build."""
+
+    CORES = "cores"
+    """This machine's cores."""
+    SPARK = "spark"
+    """Spark (extra `spark`): on this machine, or on the cluster that `spark-submit` or a session brings."""
 
 
 def build(
@@ -72,6 +83,7 @@ def build(
     fim: FillInMiddle | None = None,
     filters: Sequence[Filter] = (),
     drop_duplicates: bool = False,
+    engine: Engines = Engines.CORES,
 ) -> Manifest:
     """Build the token store `out` from documents, or finish the build that was stopped there.
 
@@ -79,7 +91,7 @@ def build(
     however often the build was killed. A finished store of the same settings is left as it is. `fim` reorders
     a share of the training documents for fill-in-the-middle. `filters` are functions of a document's text, of
     modules that worker processes can import, true for what to keep. `drop_duplicates` keeps one document of
-    each text.
+    each text. `engine` decides nothing about the store.
 
     Raises: InputError for sources, a tokenizer or filters that cannot be used, a directory that holds
         something else, was begun with other settings or is being built by another process, and sources that
@@ -122,8 +134,9 @@ def build(
             _remove_work(out)
             return finished
         cores = workers or available_cores()
+        work = Spark(cores) if engine is Engines.SPARK else Cores(cores)
         try:
-            return _finish(out, documents, settings, tokenizer, tuple(filters), cores, progress)
+            return _finish(out, documents, settings, tokenizer, tuple(filters), work, progress)
         except OSError as error:
             raise InputError(
                 f"the build of {out} cannot go on", got=storage.one_line(error), fix=GOES_ON
@@ -172,15 +185,16 @@ def _finish(
     settings: Settings,
     tokenizer: Tokenizer,
     filters: tuple[Filter, ...],
-    workers: int,
+    engine: Engine,
     progress: bool,
 ) -> Manifest:
     """Do what is left to do in a directory, the manifest last."""
     begun = time.monotonic()
     _begin(out, settings, tokenizer)
     dtype = token_dtype(tokenizer.size)
+    # Parts that tasks cut out of some sources are other ones than those of all documents in a row.
     part_settings = PartSettings(
-        folder=out / WORK / "parts",
+        folder=out / WORK / ("parts-of-sources" if engine.reads_sources else "parts"),
         tokenizer=out / "tokenizer" / tokenizer.files[0].name,
         separator_token=tokenizer.separator_token,
         dtype=dtype,
@@ -190,7 +204,8 @@ def _finish(
         fim=settings.fim,
         filters=filters,
     )
-    parts = tokenise(documents, part_settings, workers=workers, progress=progress)
+    part_settings.folder.mkdir(exist_ok=True)
+    parts = tokenise(documents, part_settings, engine=engine, progress=progress)
     tables, left_out = shuffle(parts, drop_duplicates=settings.drop_duplicates)
     if tables["train"].counts.documents == 0:
         raise InputError(
@@ -204,7 +219,7 @@ def _finish(
     for split, table in tables.items():
         files |= {path: record_file(path) for path in write_documents(out / split / "documents", table)}
     writer = ShardWriter(out, out / WORK / "shards", tokenizer.separator, dtype, settings.layout.shard_tokens)
-    files |= writer.write(tables, parts, workers=workers, progress=progress)
+    files |= writer.write(tables, parts, engine=engine, progress=progress)
     _make_durable(files)
     manifest = Manifest(
         format=FORMAT,

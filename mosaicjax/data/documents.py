@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -50,13 +50,16 @@ class Documents:
         """
         self.skipped = Counter(self.left_out)
         found = False
-        for source in self.sources:
-            for document in source.read(self.skipped):
-                if not document.text:
-                    self.skipped["empty"] += 1
-                    continue
-                found = True
-                yield document
+        for document in documents_of(self.sources, self.skipped):
+            found = True
+            yield document
+        self.check_found(found)
+
+    def check_found(self, found: bool) -> None:
+        """Refuse sources in which nothing was found.
+
+        Raises: InputError with what was skipped.
+        """
         if not found:
             raise InputError(
                 "empty corpus",
@@ -65,10 +68,38 @@ class Documents:
                 fix="check the paths, --include and --exclude",
             )
 
+    def groups(self, size_bytes: int) -> list[tuple[Source, ...]]:
+        """The sources in order, some neighbours together, each group of about so many bytes as they lie there.
+
+        They are as when they were opened: nothing that was read of them is kept.
+        """
+        groups: list[list[Source]] = []
+        held = size_bytes
+        for source in self.sources:
+            if held >= size_bytes:
+                groups.append([])
+                held = 0
+            groups[-1].append(replace(source))  # type: ignore[type-var]
+            held += source.size_bytes
+        return [tuple(group) for group in groups]
+
     @property
     def size_bytes(self) -> int:
         """Sum of the sizes of the source files as they lie there."""
         return sum(source.size_bytes for source in self.sources)
+
+
+def documents_of(sources: Sequence[Source], skipped: Counter[str]) -> Iterator[Document]:
+    """Yield the documents of sources that are not empty; what is left out is counted by reason.
+
+    Raises: InputError naming the file and line that cannot be used.
+    """
+    for source in sources:
+        for document in source.read(skipped):
+            if document.text:
+                yield document
+            else:
+                skipped["empty"] += 1
 
 
 def open_sources(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,13 +17,18 @@ import numpy as np
 from tqdm import tqdm
 
 from mosaicjax.data import fim
-from mosaicjax.data.documents import Documents
+from mosaicjax.data.documents import Documents, documents_of
 from mosaicjax.data.filters import Filter, first_against
+from mosaicjax.data.sources import Source
 from mosaicjax.data.split import is_held_out
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
-from mosaicjax.data.workers import run_all
+from mosaicjax.data.workers import Engine
 from mosaicjax.errors import InputError
 
+GROUP_BYTES = 2**25
+"""Sources of about so many bytes are the task of one."""
+MOST_PARTS = 2**24
+"""A group of sources has fewer parts."""
 INDEX = np.dtype(
     [
         ("key", "<u8"),
@@ -93,21 +98,34 @@ class Tokenised:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Group:
+    """Some consecutive sources, whose parts one task makes; `first` is the number of their first document.
+
+    Its parts are numbered from `number` times `MOST_PARTS` on.
+    """
+
+    settings: PartSettings
+    number: int
+    first: int
+    sources: tuple[Source, ...]
+
+
 def tokenise(
-    documents: Documents, settings: PartSettings, *, workers: int, progress: bool
+    documents: Documents, settings: PartSettings, *, engine: Engine, progress: bool
 ) -> list[Tokenised]:
     """Make the parts that are missing, and return all in the order of the sources.
 
     Raises: InputError where a part that an earlier run left is of other documents.
     """
-    earlier = {int(path.name.split("-")[0]): path for path in settings.folder.glob("*.npy")}
+    earlier = left_by_earlier(settings)
     done: dict[int, Tokenised] = {}
     totals: Counter[str] = Counter()
     begun = time.monotonic()
     with tqdm(unit="B", unit_scale=True, desc="tokenise", disable=not progress) as bar:
 
-        def add(part: Part, result: Tokenised) -> None:
-            done[part.number] = result
+        def add(number: int, result: Tokenised) -> None:
+            done[number] = result
             totals["documents"] += result.documents
             totals["tokens"] += result.tokens
             rate = totals["tokens"] / (time.monotonic() - begun)
@@ -115,18 +133,62 @@ def tokenise(
             bar.update(result.bytes)
 
         def missing() -> Iterator[Part]:
-            for part in _parts(documents, settings):
+            texts = (document.text for document in documents)
+            for part in _parts(texts, settings):
                 finished = _finished(part, earlier.get(part.number))
                 if finished is None:
                     yield part
                 else:
-                    add(part, finished)
+                    add(part.number, finished)
 
-        for part, result in run_all(tokenise_part, missing(), workers):
-            add(part, result)
+        if engine.reads_sources:
+            for _, results in engine.run(tokenise_group, groups_of(documents, settings, engine)):
+                for number, result in results:
+                    add(number, result)
+        else:
+            for part, made in engine.run(tokenise_part, missing()):
+                add(part.number, made)
     for number in earlier.keys() - done.keys():
         raise _changed(earlier[number])
-    return [done[number] for number in range(len(done))]
+    return [result for _, result in sorted(done.items())]
+
+
+def left_by_earlier(settings: PartSettings) -> dict[int, Path]:
+    """The indices of the parts that an earlier run left, by number."""
+    return {int(path.name.split("-")[0]): path for path in settings.folder.glob("*.npy")}
+
+
+def groups_of(documents: Documents, settings: PartSettings, engine: Engine) -> list[Group]:
+    """The sources in groups, once their documents are counted.
+
+    Raises: InputError naming a file that cannot be read, or where there is no document at all.
+    """
+    groups = documents.groups(GROUP_BYTES)
+    counted = dict(engine.run(count_documents, list(enumerate(groups))))
+    documents.skipped = sum((skipped for _, skipped in counted.values()), Counter(documents.left_out))
+    made, first = [], 0
+    for number, sources in enumerate(groups):
+        made.append(Group(settings, number, first, sources))
+        first += counted[number, sources][0]
+    documents.check_found(first > 0)
+    return made
+
+
+def count_documents(group: tuple[int, tuple[Source, ...]]) -> tuple[int, Counter[str]]:
+    """How many documents some sources hold, and what was left out of them."""
+    skipped: Counter[str] = Counter()
+    return sum(1 for _ in documents_of(group[1], skipped)), skipped
+
+
+def tokenise_group(group: Group) -> list[tuple[int, Tokenised]]:
+    """Make the parts of some sources that are missing, and return all by number."""
+    earlier = left_by_earlier(group.settings)
+    texts = (document.text for document in documents_of(group.sources, Counter()))
+    made = []
+    for part in _parts(texts, group.settings, first=group.first, number=group.number * MOST_PARTS):
+        finished = _finished(part, earlier.get(part.number))
+        made.append((part.number, finished or tokenise_part(part)))
+    return made
 
 
 def tokenise_part(part: Part) -> Tokenised:
@@ -165,7 +227,8 @@ def tokenise_part(part: Part) -> Tokenised:
 @contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under its name once it is written to the end."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    # Two attempts at one part may be at work on two machines, in processes of one number.
+    unfinished = path.with_name(f"{path.name}.{os.urandom(8).hex()}")
     with unfinished.open("wb") as file:
         yield file
     unfinished.replace(path)
@@ -181,18 +244,20 @@ def _tokenizer(path: Path, separator_token: str) -> Tokenizer:
     return load_tokenizer(path, separator=separator_token)
 
 
-def _parts(documents: Documents, settings: PartSettings) -> Iterator[Part]:
-    texts: list[str] = []
-    first = characters = number = 0
-    for document in documents:
-        texts.append(document.text)
-        characters += len(document.text)
+def _parts(
+    texts: Iterable[str], settings: PartSettings, *, first: int = 0, number: int = 0
+) -> Iterator[Part]:
+    held: list[str] = []
+    characters = 0
+    for text in texts:
+        held.append(text)
+        characters += len(text)
         if characters >= settings.characters:
-            yield Part(settings, number, first, tuple(texts))
-            first, characters, number = first + len(texts), 0, number + 1
-            texts = []
-    if texts:
-        yield Part(settings, number, first, tuple(texts))
+            yield Part(settings, number, first, tuple(held))
+            first, characters, number = first + len(held), 0, number + 1
+            held = []
+    if held:
+        yield Part(settings, number, first, tuple(held))
 
 
 def _finished(part: Part, path: Path | None) -> Tokenised | None:

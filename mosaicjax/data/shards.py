@@ -22,7 +22,7 @@ from mosaicjax.data.arrays import (
 )
 from mosaicjax.data.manifest import SPLITS, Counts, FileRecord, record_file, structure, write_json
 from mosaicjax.data.parts import Tokenised
-from mosaicjax.data.workers import run_all
+from mosaicjax.data.workers import Engine
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ShardWriter:
     shard_tokens: int
 
     def write(
-        self, tables: Mapping[str, Table], parts: Sequence[Tokenised], *, workers: int, progress: bool
+        self, tables: Mapping[str, Table], parts: Sequence[Tokenised], *, engine: Engine, progress: bool
     ) -> dict[Path, FileRecord]:
         """Write the shards that are missing, and return the record of every file."""
         files: dict[Path, FileRecord] = {}
@@ -145,8 +145,6 @@ class ShardWriter:
             create_array(folder, dtype=self.dtype, shape=shape, shard=self.shard_tokens, chunk=CHUNK_TOKENS)
             files[folder / "zarr.json"] = record_file(folder / "zarr.json")
         shards = sum(self._count(table) for table in tables.values())
-        # a small store is written faster than a second process starts
-        workers = 1 if shards <= len(SPLITS) else workers
         with tqdm(total=shards, unit=" shards", desc="write", disable=not progress) as bar:
 
             def add(path: Path, record: FileRecord) -> None:
@@ -164,7 +162,9 @@ class ShardWriter:
                         else:
                             add(path, finished)
 
-            for shard, record in run_all(write_shard, missing(), workers):
+            # A small store is written faster than a second process starts.
+            most = 1 if shards <= len(SPLITS) else None
+            for shard, record in engine.run(write_shard, missing(), most):
                 add(shard_file(shard.folder, shard.number), record)
         return files
 

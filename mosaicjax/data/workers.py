@@ -1,4 +1,4 @@
-"""Running the work of a build on all cores, in processes that never outlive the build."""
+"""Running the work of a build on this machine's cores, in processes that never outlive the build."""
 
 from __future__ import annotations
 
@@ -9,13 +9,44 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from mosaicjax.errors import InputError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 AHEAD = 2
+
+
+class Engine(Protocol):
+    """Who does the work of a build."""
+
+    reads_sources: bool
+    """Whether its tasks read the documents themselves, and get the names of sources instead of texts."""
+
+    def run(
+        self, function: Callable[[Task], Result], tasks: Iterable[Task], most: int | None = None
+    ) -> Iterator[tuple[Task, Result]]:
+        """Yield each task with its result as they finish; `most` is how many tasks there are, if that is few.
+
+        Raises: whatever `function` raises.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Cores:
+    """So many processes on this machine."""
+
+    workers: int
+    reads_sources = False
+
+    def run(
+        self, function: Callable[[Task], Result], tasks: Iterable[Task], most: int | None = None
+    ) -> Iterator[tuple[Task, Result]]:
+        """See `Engine.run`, and `run_all`."""
+        return run_all(function, tasks, self.workers if most is None else min(most, self.workers))
 
 
 def available_cores() -> int:
