@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-pytest.importorskip("pyspark", reason="pip install 'mosaicjax[spark]'")
-
 from mosaicjax import cli
 from mosaicjax.data import parts
 from mosaicjax.data.build import Engines, build
 from mosaicjax.data.filters import find
 from mosaicjax.data.manifest import Layout, read_manifest
 from mosaicjax.errors import InputError
+
+pytest.importorskip("pyspark", reason="pip install 'mosaicjax[spark]'")
 
 pytestmark = [pytest.mark.slow, pytest.mark.peer]
 
