@@ -69,7 +69,7 @@ class Documents:
             )
 
     def groups(self, size_bytes: int) -> list[tuple[Source, ...]]:
-        """The sources in order, some neighbours together, each group of about so many bytes as they lie there.
+        """The sources in order, some neighbours together: groups of about so many bytes as they lie there.
 
         They are as when they were opened: nothing that was read of them is kept.
         """

@@ -1,4 +1,4 @@
-"""The work of a build as Spark jobs: on this machine, or on the cluster that `spark-submit` or a session brings."""
+"""The work of a build as Spark jobs: on this machine, or on the cluster of `spark-submit` or a session."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Spark:
 
 
 def answers(batches: Iterable[Any]) -> Iterator[Any]:
-    """Do the tasks of Arrow batches: a refusal is an answer, for a task that is repeated says the same again."""
+    """Do the tasks of Arrow batches: a refusal is an answer, for a task said again would say the same."""
     import pyarrow
 
     for batch in batches:
