@@ -53,7 +53,7 @@ def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple
     ready = prepare(loaded, out, say)
     say(chips_text(ready) + f", {epochs(ready):.2f} epochs; into {out}")
     if ready.hardware.peak_flops is not None and not isinstance(ready.decoder, Decoder):
-        say(f"MFU counts {flops.described(ready.decoder, ready.flops_per_token, format_count)}")
+        say(f"MFU counts {flops.described(ready.decoder, ready.flops_per_token[0], format_count)}")
     # A run that was killed between its last checkpoint and its summary has yet to be finished.
     if ready.cursor.step >= ready.recipe.steps and storage.exists(storage.join(out, SUMMARY)):
         say(f"finished already, at step {ready.cursor.step:,}; more --steps go on from there")

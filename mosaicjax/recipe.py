@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
 from mosaicjax.data.mixture import TrainingData
+from mosaicjax.data.phased import begin_of
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.kernels.flash_attention import Implementation
@@ -60,13 +61,28 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Later:
+    """What is otherwise from a data step on, counted from 0; None: as before it.
+
+    Units: as those of the recipe. With --skips a phase begins as many steps of training earlier.
+    """
+
+    step: int
+    seq: int | None = None
+    batch: int | None = None
+    microbatch: int | None = None
+    data: TrainingData | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run: a model, its data, and how it is trained.
 
     Units: `seq` target tokens a row; `batch` rows a step over all devices; `microbatch` rows at once over all
     devices (WHOLE: the batch), which changes memory and rounding but not the gradient. `methods` are applied
     in the order listed. `skips` are data steps left out, counted from 0 (past a batch that brought a NaN);
-    `on_spike` says what happens when the loss jumps (`mosaicjax.spikes`).
+    `on_spike` says what happens when the loss jumps (`mosaicjax.spikes`). `phases` change the data and the
+    shape of batches on the way; each is compiled once, and held-out loss is always that of the last.
     `init_from` is a run, an imported model or a Hugging Face directory whose weights start this one ("":
     drawn from the seed). `attention` says who computes it: by default our TPU kernel on TPUs and plain XLA
     elsewhere. `price` overrides the list price of the chip.
@@ -92,6 +108,7 @@ class Recipe:
     skips: tuple[int, ...] = ()
     on_spike: OnSpike = Ignore()
     price: Price | None = None
+    phases: tuple[Later, ...] = ()
 
     def check(self) -> None:
         """Refuse what cannot run, before any device starts.
@@ -105,6 +122,9 @@ class Recipe:
                 raise InputError(
                     f"{name} of the recipe", expected=f"{bound} or more", got=getattr(self, name)
                 )
+        steps = [0, *(later.step for later in self.phases)]
+        if steps != sorted(set(steps)):
+            raise InputError("steps of the recipe's phases", expected="increasing, from 1 on", got=steps[1:])
         for part in ("eval", "save", "log"):
             for name, value in vars(getattr(self, part)).items():
                 if value < 0 or ((part, name) in {("save", "keep"), ("log", "every")} and value < 1):
@@ -137,13 +157,53 @@ class Recipe:
                 expected=0,
                 got=self.loss.chunk,
             )
+        for number in range(1, len(self.phases) + 1):
+            try:
+                self.in_phase(number).check()
+            except InputError as error:
+                raise InputError(
+                    f"phase {number} of the recipe, from step {steps[number]} on: {error}"
+                ) from error
+
+    def in_phase(self, number: int) -> Recipe:
+        """The recipe as it is from the begin of a phase on, without phases; 0 is what it begins with."""
+        found = replace(self, phases=())
+        for later in self.phases[:number]:
+            given = {
+                name: value for name, value in vars(later).items() if name != "step" and value is not None
+            }
+            if later.batch is not None and later.microbatch is None and found.microbatch > later.batch:
+                given["microbatch"] = WHOLE
+            found = replace(found, **given)
+        return found
+
+    @property
+    def in_phases(self) -> list[tuple[Recipe, int]]:
+        """The recipe as it is in each phase, and how many of its steps those are."""
+        left_out = sorted(self.skips)
+        begins = [begin_of(later.step, left_out) for later in self.phases]
+        ends = [min(each, self.steps) for each in (*begins, self.steps)]
+        return [
+            (self.in_phase(number), end - begin)
+            for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+        ]
+
+    @property
+    def longest(self) -> int:
+        """The most target tokens that a row has in any phase."""
+        return max(recipe.seq for recipe, _ in self.in_phases)
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens of all steps, with rows full."""
+        return sum(recipe.batch * recipe.seq * steps for recipe, steps in self.in_phases)
 
     def phase(self) -> Phase:
-        """The shape of its batches."""
+        """The shape of its first batches."""
         return Phase(self.seq, self.batch, self.microbatch or self.batch)
 
     def program(self) -> tuple[Model, Program]:
-        """The model, and the program of its train step with all methods applied."""
+        """The model, and the program of its train step, the first phase's, with all methods applied."""
         decoder = self.model.build()
         if isinstance(decoder, Decoder):
             decoder = decoder.with_attention(self.attention)

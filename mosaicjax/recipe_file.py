@@ -323,6 +323,11 @@ class Change:
         """Whether a run may go on with it."""
         return any(fnmatchcase(self.name, safe) or self.name.startswith(safe + ".") for safe in SAFE_CHANGES)
 
+    @property
+    def of_phase(self) -> bool:
+        """Whether it is one of the recipe's phases."""
+        return self.name.split(".")[0] == "phases"
+
     def __str__(self) -> str:
         before, after = ("(empty)" if value == "" else value for value in (self.before, self.after))
         return f"{self.name}: {before} -> {after}"
@@ -366,18 +371,20 @@ def _flat_json(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def check_continues(before: Recipe, after: Recipe, run: str) -> list[Change]:
-    """What a run that goes on would change.
+def check_continues(before: Recipe, after: Recipe, run: str, reached: int = 0) -> list[Change]:
+    """What a run that goes on from the data step `reached` would change; phases that are still to come may.
 
     Raises:
         InputError: a change that is not on the list of safe ones.
     """
     found = changes(before, after)
-    unsafe = [change for change in found if not change.safe]
+    begun = [[later for later in recipe.phases if later.step < reached] for recipe in (before, after)]
+    to_come = begun[0] == begun[1]
+    unsafe = [change for change in found if not (change.safe or (to_come and change.of_phase))]
     if unsafe:
         raise InputError(
             f"{run} was trained by another recipe ({'; '.join(map(str, unsafe))})",
-            expected=f"changes of {', '.join(SAFE_CHANGES)} alone",
+            expected=f"changes of {', '.join(SAFE_CHANGES)} and phases from data step {reached} on alone",
             fix=f"another --out, with --init-from {run} to start from its weights",
         )
     return found

@@ -8,7 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mosaicjax import processes, recipe_file, storage
 from mosaicjax.checkpoint import Checkpoints, complete_steps
 from mosaicjax.data import mixture
 from mosaicjax.data.packing import Packing
+from mosaicjax.data.phased import Phased, taken_before
 from mosaicjax.data.rows import Contiguous, Packed, SplitRows
 from mosaicjax.data.store import Split, Store
 from mosaicjax.data.stream import Drawn, HeldOut, Stream
@@ -87,10 +88,10 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Data:
-    """The token stores of a recipe, opened; `tokenizer` is that of all."""
+    """The token stores of a recipe, opened; `tokenizer` is that of all, `held_out` the last phase's."""
 
     stores: tuple[Store, ...]
-    stream: Stream
+    stream: Phased
     held_out: HeldOut | None
     digest: str
 
@@ -102,15 +103,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Ready:
-    """Everything that the loop needs, with nothing of it started."""
+    """Everything that the loop needs, with nothing of it started; `steps` and FLOPs are each phase's."""
 
     loaded: Loaded
     out: str
     data: Data
     decoder: Model
-    step: Step
+    steps: tuple[Step, ...]
     hardware: Hardware
-    flops_per_token: flops.Flops
+    flops_per_token: tuple[flops.Flops, ...]
     cursor: Cursor
 
     @property
@@ -118,36 +119,40 @@ class Ready:
         """The resolved recipe."""
         return self.loaded.recipe
 
+    @property
+    def step(self) -> Step:
+        """The first phase's step: weights, state and mesh are those of all."""
+        return self.steps[0]
+
 
 def open_data(recipe: Recipe) -> Data:
-    """Open and verify the recipe's store, before any device starts.
+    """Open and verify the recipe's stores, before any device starts.
 
     Raises:
         InputError: no store, a damaged shard, a tokenizer larger than the model's vocabulary, too few tokens.
     """
-    paths = recipe.data.stores()
-    stores = {name: Store.open(path, verify=True) for name, path in paths.items()}
-    records = {name: store.manifest.tokenizer for name, store in stores.items()}
-    first = next(iter(paths))
-    for name, record in records.items():
-        check_vocabulary(recipe.model.build().dims["vocab"], record.size, paths[name])
-        if (record.hash, record.separator) != (records[first].hash, records[first].separator):
+    phases = [recipe.in_phase(number) for number in range(len(recipe.phases) + 1)]
+    paths = list(dict.fromkeys(path for phase in phases for path in phase.data.stores().values()))
+    stores = {path: Store.open(path, verify=True) for path in paths}
+    first = stores[paths[0]].manifest.tokenizer
+    for path, store in stores.items():
+        record = store.manifest.tokenizer
+        check_vocabulary(recipe.model.build().dims["vocab"], record.size, path)
+        if (record.hash, record.separator) != (first.hash, first.separator):
             raise InputError(
-                f"{paths[name]} was built with another tokenizer than {paths[first]}",
-                expected=f"{records[first].hash[:12]}, separator {records[first].separator_token!r}",
+                f"{path} was built with another tokenizer than {paths[0]}",
+                expected=f"{first.hash[:12]}, separator {first.separator_token!r}",
                 got=f"{record.hash[:12]}, separator {record.separator_token!r}",
                 fix="build it again with the other's",
             )
-    form: Any = {"separator": records[first].separator, "seq": recipe.seq, "isolate": recipe.data.isolate}
-    # A stream keeps what it reads, and reads nothing twice.
-    rows = {name: _rows(store.split("train", cache_bytes=0), recipe) for name, store in stores.items()}
-    weights = recipe.data.weights([len(each) for each in rows.values()])
-    drawn = [Drawn(*each, weight) for each, weight in zip(rows.items(), weights, strict=True)]
-    stream = Stream(drawn, batch=recipe.batch, seed=recipe.seed, skips=recipe.skips, **form)
-    validation = {name: store.split("validation") for name, store in stores.items()}
+    streams: list[Stream] = []
+    for phase, begin in zip(phases, [0, *(later.step for later in recipe.phases)], strict=True):
+        streams.append(_stream(phase, stores, begin, streams))
+    last = phases[-1]
+    validation = {name: stores[path].split("validation") for name, path in last.data.stores().items()}
     held_out = None
     if any(split.counts.documents for split in validation.values()) or recipe.eval.every:
-        held_out = HeldOut(validation, **form)
+        held_out = HeldOut(validation, separator=first.separator, seq=last.seq, isolate=last.data.isolate)
     hashes = [
         record.sha256
         for store in stores.values()
@@ -155,7 +160,29 @@ def open_data(recipe: Recipe) -> Data:
         if name.startswith("train/")
     ]
     return Data(
-        tuple(stores.values()), stream, held_out, hashlib.sha256("".join(hashes).encode()).hexdigest()
+        tuple(stores.values()),
+        Phased(streams),
+        held_out,
+        hashlib.sha256("".join(hashes).encode()).hexdigest(),
+    )
+
+
+def _stream(recipe: Recipe, stores: Mapping[str, Store], begin: int, before: Sequence[Stream]) -> Stream:
+    """The stream of a phase that begins at a data step, after those of the phases before it."""
+    paths = recipe.data.stores()
+    # A stream keeps what it reads, and reads nothing twice.
+    rows = {name: _rows(stores[path].split("train", cache_bytes=0), recipe) for name, path in paths.items()}
+    weights = recipe.data.weights([len(each) for each in rows.values()])
+    return Stream(
+        [Drawn(*each, weight) for each, weight in zip(rows.items(), weights, strict=True)],
+        separator=next(iter(stores.values())).manifest.tokenizer.separator,
+        seq=recipe.seq,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        skips=recipe.skips,
+        isolate=recipe.data.isolate,
+        first_step=begin,
+        taken={name: taken_before(name, each, begin, before) for name, each in rows.items()},
     )
 
 
@@ -186,7 +213,9 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         if steps and storage.exists(storage.join(out, recipe_file.RECIPE_JSON)):
             before = recipe_file.from_run(out)
             recipe_file.check_code(before, loaded, out)
-            for change in recipe_file.check_continues(before.recipe, recipe, out):
+            saved = Checkpoints(out).cursor(max(steps))
+            reached = max(steps) + len(saved.get("skips", ()))
+            for change in recipe_file.check_continues(before.recipe, recipe, out, reached):
                 say(f"changed since the last time: {change}")
     check_alike(loaded, data.digest)
     latest = int(processes.broadcast_text(str(max(steps, default=-1)), "the last checkpoint"))
@@ -194,7 +223,9 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         layout = recipe.mesh.build(jax.devices())
         check_sums(recipe)
         decoder, program = recipe.program()
-        step = Step(program, layout, recipe.seed, measure=recipe.log.norms)
+        phases = [recipe.in_phase(number) for number in range(len(recipe.phases) + 1)]
+        each = [phase.program()[1] for phase in phases]
+        made = tuple(Step(program, layout, recipe.seed, measure=recipe.log.norms) for program in each)
         cursor = Cursor(0, 0, data.digest, {}, recipe.seed, [name for name, _ in program.trainable.items()])
         if latest >= 0:
             cursor = read_cursor(out, latest, data)
@@ -203,9 +234,8 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
             for line in start.check_start(recipe.init_from, recipe.model, program.trainable):
                 say(line)
         cursor = replace(cursor, skips=data.stream.skips, seconds=seconds_spent(out, cursor.seconds))
-    return Ready(
-        loaded, out, data, decoder, step, hardware(recipe), flops.per_token(decoder, recipe.seq), cursor
-    )
+    counts = tuple(flops.per_token(decoder, phase.seq) for phase in phases)
+    return Ready(loaded, out, data, decoder, made, hardware(recipe), counts, cursor)
 
 
 def check_sums(recipe: Recipe) -> None:
@@ -372,12 +402,14 @@ def chips_text(ready: Ready) -> str:
         " x ".join(f"{name} {size}" for name, size in ready.step.layout.mesh.shape.items() if size > 1)
         or "1 device"
     )
-    tokens = ready.recipe.steps * ready.recipe.batch * ready.recipe.seq
+    tokens = ready.recipe.tokens
     return (
         f"{count / 1e6:,.2f}M parameters on {mesh}; {ready.recipe.steps:,} steps, {tokens / 1e6:,.2f}M tokens"
     )
 
 
 def epochs(ready: Ready) -> float:
-    """How often the run goes over its data."""
-    return ready.recipe.steps * ready.recipe.batch / max(ready.data.stream.rows_per_epoch, 1)
+    """How often the run goes over its data, summed over phases."""
+    steps = (steps for _, steps in ready.recipe.in_phases)
+    each = zip(ready.data.stream.streams, steps, strict=True)
+    return sum(steps * stream.batch / max(stream.rows_per_epoch, 1) for stream, steps in each)

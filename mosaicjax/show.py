@@ -47,14 +47,14 @@ def show(recipe: Recipe, devices: int) -> Iterator[str]:
         yield f"{flops.active(decoder):,} of them active: those that one token meets"
     yield ""
     yield from memory(step, devices)
-    cost = flops.per_token(decoder, recipe.seq)
-    tokens = recipe.steps * recipe.batch * recipe.seq
-    each = flops.described(decoder, cost, format_count)
     yield ""
-    yield (
-        f"{recipe.steps:,} steps x {recipe.batch:,} rows x {recipe.seq:,} tokens = {format_count(tokens)}"
-        f" tokens; {each}, {format_count(cost.causal * tokens)} in all"
-    )
+    for phase, steps in recipe.in_phases:
+        cost, tokens = flops.per_token(decoder, phase.seq), steps * phase.batch * phase.seq
+        each, all_flops = flops.described(decoder, cost, format_count), format_count(cost.causal * tokens)
+        yield (
+            f"{steps:,} steps x {phase.batch:,} rows x {phase.seq:,} tokens = {format_count(tokens)}"
+            f" tokens; {each}, {all_flops} in all"
+        )
     data = open_data(recipe)
     yield ""
     yield from first_rows(data.tokenizer, data.stream.rows(0, range(min(ROWS, recipe.batch))))

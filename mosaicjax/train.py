@@ -74,12 +74,27 @@ class Run:
         save = self.recipe.save
         self.log = self.new_log()
         self.checkpoints = Checkpoints(ready.out, keep=save.keep, keep_every=save.keep_every or None)
-        with self.clocks.timed("compile"):
-            lowered = ready.step.lower()
-            self.program = digest(lowered)
-            self.compiled = lowered.compile()
+        self.phase = ready.data.stream.phase(self.number)
+        self.program, self.compiled = self.compile()
         self.state = first_state(ready)
         self.halted = self.not_halted()
+
+    def compile(self) -> tuple[str, Any]:
+        """The phase's step: its digest, and what the loop calls."""
+        with self.clocks.timed("compile"):
+            lowered = self.ready.steps[self.phase].lower()
+            return digest(lowered), lowered.compile()
+
+    def enter(self, phase: int) -> None:
+        """Go on with the step of another phase."""
+        self.flush()
+        self.phase = phase
+        _, self.compiled = self.compile()
+        if self._temporaries is not None:
+            self._temporaries.clear()
+        self._temporaries = Lent(self.temporary_bytes())
+        self._recent.clear()
+        self._mark = time.perf_counter()
 
     def new_log(self) -> MetricsLog:
         """A log that has yet to resume."""
@@ -106,17 +121,22 @@ class Run:
         if self._temporaries is None:
             self._temporaries = Lent(self.temporary_bytes())
         try:
-            self.steps(feed, stop, profile, self._temporaries)
+            self.steps(feed, stop, profile)
         finally:
             self._temporaries.clear()
             self.end_trace()
         self.flush()
 
-    def steps(self, feed: Feed, stop: StopRequest, profile: Profile | None, temporaries: Lent) -> None:
+    def steps(self, feed: Feed, stop: StopRequest, profile: Profile | None) -> None:
         """The steps of `loop`; the last one's metrics are yet to be read."""
-        recipe = self.recipe
+        recipe, stream = self.recipe, self.ready.data.stream
         self._mark = time.perf_counter()
         while self.number < recipe.steps and self.said == GO:
+            if (phase := stream.phase(self.number)) != self.phase:
+                self.enter(phase)
+                continue
+            temporaries = self._temporaries
+            assert temporaries is not None, "lent by `loop`"
             began = time.perf_counter()
             batch = feed.next()
             self._waited += time.perf_counter() - began
@@ -177,6 +197,8 @@ class Run:
         self._recent.append((step_tokens, seconds))
         if number % self.recipe.log.every == 0 or number == self.recipe.steps:
             values = {"tokens": self.tokens, **self.by_domain(read), **one_by_one(read)}
+            if len(self.ready.steps) > 1:
+                values["phase"] = self.phase
             self.log.write("train", number, values, self.speed(step_tokens, seconds))
         if self.primary:
             self.line.show(self.progress(number))
@@ -187,7 +209,10 @@ class Run:
             return {}
         values: dict[str, float] = {}
         each = zip(
-            self.ready.data.stream.drawn, metrics.pop("domain_loss"), metrics.pop(DOMAIN_TOKENS), strict=True
+            self.ready.data.stream.streams[self.phase].drawn,
+            metrics.pop("domain_loss"),
+            metrics.pop(DOMAIN_TOKENS),
+            strict=True,
         )
         for domain, mean, count in each:
             if count:
@@ -202,7 +227,7 @@ class Run:
         values |= {"elapsed_seconds": spent.total, "goodput": spent.goodput}
         if hardware.peak_flops is not None:
             rate = tokens / seconds
-            for name, count in asdict(ready.flops_per_token).items():
+            for name, count in asdict(ready.flops_per_token[self.phase]).items():
                 values[f"mfu_{name}"] = mfu(count * rate, hardware.chips, hardware.peak_flops)
         if hardware.price is not None:
             values["cost_usd"] = cost_usd(spent.total, hardware.chips, hardware.price)
@@ -232,7 +257,8 @@ class Run:
         if held_out is None:
             return
         if self._evaluator is None:
-            program = self.ready.step.program
+            # The last phase's rows, whatever the phase: one loss to compare over the whole run.
+            program = self.ready.steps[-1].program
             sizes = self.ready.data.tokenizer.token_bytes
             with self.clocks.timed("compile"):
                 self._evaluator = Evaluator(
@@ -279,6 +305,7 @@ class Run:
         cursor = replace(
             self.ready.cursor,
             step=self.number,
+            phase=self.phase,
             tokens=self.tokens,
             seconds=seconds,
             recent=tuple(self.losses),
@@ -296,18 +323,20 @@ class Run:
         """
         ready = self.ready
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), number - 1)
-        place = first_nonfinite(ready.step, ready.decoder, self.state.trainable, {}, batch, key)
+        place = first_nonfinite(ready.steps[self.phase], ready.decoder, self.state.trainable, {}, batch, key)
         self.number = number - 1
         if self.number > self.saved:
             self.save()
         self.checkpoints.close()
-        first = ready.data.stream.data_step(number - 1) * self.recipe.batch
+        skip, stream = ready.data.stream.data_step(number - 1), ready.data.stream.streams[self.phase]
+        first = (skip - stream.first_step) * stream.batch
+        order = f"the data order of phase {self.phase}" if self.phase else "the data order"
         kept = "weights and optimizer are as before the step, "
         kept += f"saved at step {self.number}" if self.number else "which was the first: nothing is saved"
         raise Diverged(
             f"step {number}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])},"
-            f" first made by {place}; the batch is rows {first} to {first + self.recipe.batch - 1} of the"
-            f" data order (without it: --skips {first // self.recipe.batch}); {kept}"
+            f" first made by {place}; the batch is rows {first} to {first + stream.batch - 1} of"
+            f" {order} (without it: --skips {skip}); {kept}"
         )
 
     def roll_back(self, spike: Spiked) -> None:
@@ -363,7 +392,8 @@ class Run:
             chip=hardware.name,
             chips=hardware.chips,
             price=hardware.price,
-            planned=planned(self.program, hardware.name),
+            # A plan is of one program; a run of phases has several.
+            planned=planned(self.program, hardware.name) if len(self.ready.steps) == 1 else None,
         )
 
 
@@ -415,7 +445,7 @@ def to_the_end(run: Run, stop: StopRequest, profile: Profile | None) -> bool:
     """
     ready = run.ready
     with run.log, run.checkpoints:
-        with Feed(ready.data.stream, ready.step, run.number, ready.recipe.steps) as feed:
+        with Feed(ready.data.stream, ready.steps, run.number, ready.recipe.steps) as feed:
             run.loop(feed, stop, profile)
             failure = feed.failure
         finished = run.number >= ready.recipe.steps

@@ -27,11 +27,13 @@ def main() -> None:
     class Noting:
         """The stream, with a note of the rows that were asked for."""
 
+        phase = stream.phase
+
         def rows(self, step, rows):
             asked.update(rows)
             return stream.rows(step, rows)
 
-    with Feed(Noting(), Step(recipe.program()[1], layout, 0), 0, 4) as feed:
+    with Feed(Noting(), [Step(recipe.program()[1], layout, 0)], 0, 4) as feed:
         feed.next()
         tokens = feed.next()["tokens"]
     shards = {}

@@ -29,7 +29,7 @@ def step_of(recipe, mesh, devices):
 
 def delivered(recipe, mesh, devices, steps, start=0):
     stream = open_data(recipe).stream
-    with Feed(stream, step_of(recipe, mesh, devices), start, steps) as feed:
+    with Feed(stream, [step_of(recipe, mesh, devices)], start, steps) as feed:
         return stream, [feed.next() for _ in range(start, steps)]
 
 
@@ -76,6 +76,7 @@ class Broken:
 
     def __init__(self, stream, step):
         self._stream, self._step, self.asked = stream, step, []
+        self.phase = stream.phase
 
     def rows(self, step, rows):
         self.asked.append(step)
@@ -86,7 +87,7 @@ class Broken:
 
 def test_a_failure_is_known_before_its_batch_is_needed(recipe):
     stream = Broken(open_data(recipe).stream, 4)
-    with Feed(stream, step_of(recipe, Mesh(), 8), 0, 20) as feed:
+    with Feed(stream, [step_of(recipe, Mesh(), 8)], 0, 20) as feed:
         for step in range(4):
             assert (feed.failure is not None) == (step - 1 + AHEAD >= 4)
             feed.next()
@@ -97,12 +98,12 @@ def test_a_failure_is_known_before_its_batch_is_needed(recipe):
 def test_first_batches_that_cannot_be_read_are_refused_at_once(recipe):
     for step in (0, 1):
         with pytest.raises(InputError, match="^shard c/3 is damaged$"):
-            Feed(Broken(open_data(recipe).stream, step), step_of(recipe, Mesh(), 8), 0, 20)
+            Feed(Broken(open_data(recipe).stream, step), [step_of(recipe, Mesh(), 8)], 0, 20)
 
 
 def test_the_last_batch_is_not_read_past(recipe):
     stream = Broken(open_data(recipe).stream, 3)
-    with Feed(stream, step_of(recipe, Mesh(), 8), 0, 3) as feed:
+    with Feed(stream, [step_of(recipe, Mesh(), 8)], 0, 3) as feed:
         for _ in range(3):
             feed.next()
         assert feed.failure is None

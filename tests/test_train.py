@@ -354,7 +354,7 @@ def test_metrics_are_read_while_the_next_step_runs(tiny_recipe, tmp_path):
 
     run.compiled = watched
     with run.log, run.checkpoints, StopRequest() as stop:
-        with Feed(ready.data.stream, ready.step, 0, 6) as feed:
+        with Feed(ready.data.stream, ready.steps, 0, 6) as feed:
             run.loop(feed, stop, None)
     order = [("step", 1)]
     for number in range(2, 7):

@@ -10,6 +10,7 @@ import numpy as np
 from mosaicjax.data.packing import REGION_TOKENS, Packing
 from mosaicjax.data.store import Split
 from mosaicjax.errors import InputError
+from mosaicjax.storage import PathLike
 
 Batch = dict[str, np.ndarray]
 PLACE_TOKENS = 2**18
@@ -28,9 +29,10 @@ class Held(Protocol):
 
 
 class SplitRows(Protocol):
-    """The rows of a split: how many, and how many neighbours to read at a time."""
+    """The rows of a split: how many, how many neighbours to read at a time, and where they lie."""
 
     per_place: int
+    folder: PathLike
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -62,7 +64,7 @@ class Contiguous:
                 got=len(split),
                 fix="more documents, or a shorter sequence",
             )
-        self.split, self.seq = split, seq
+        self.split, self.seq, self.folder = split, seq, split.folder
         self.per_place = PLACE_TOKENS // seq
 
     def __len__(self) -> int:
@@ -93,7 +95,7 @@ class Packed:
     """Rows of whole documents, each a segment of its own."""
 
     def __init__(self, packing: Packing) -> None:
-        self.packing = packing
+        self.packing, self.folder = packing, packing.split.folder
         self.per_place = REGION_TOKENS // packing.seq
 
     def __len__(self) -> int:

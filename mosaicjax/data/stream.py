@@ -48,8 +48,13 @@ class Stream:
         seed: int,
         skips: tuple[int, ...] = (),
         isolate: bool = False,
+        first_step: int = 0,
+        taken: Mapping[str, int] | None = None,
     ) -> None:
         """Prepare the order of rows; nothing is read.
+
+        The stream's first batch is that of the data step `first_step`; `taken` says how many samples of a
+        domain came before that, as `samples_at` counts them.
 
         Raises: InputError for a domain without rows, or skips that are not increasing.
         """
@@ -64,6 +69,8 @@ class Stream:
         self.seed = seed
         self.skips = skips
         self.isolate = isolate
+        self.first_step = first_step
+        self._taken = np.array([(taken or {}).get(domain.name, 0) for domain in drawn], np.int64)
         self._mix = Mix([domain.weight for domain in drawn], seed)
         self._orders = [
             Order(
@@ -92,7 +99,19 @@ class Stream:
             seed=self.seed,
             skips=tuple(sorted(skips)),
             isolate=self.isolate,
+            first_step=self.first_step,
+            taken=self.samples_at(self.first_step),
         )
+
+    def samples_at(self, data_step: int) -> dict[str, int]:
+        """How many samples of each domain come before a data step, from the first epoch on."""
+        assert data_step >= self.first_step, (data_step, self.first_step)
+        counts = self._taken + self._mix.counts((data_step - self.first_step) * self.batch)
+        return {domain.name: int(count) for domain, count in zip(self.drawn, counts, strict=True)}
+
+    def forget(self) -> None:
+        """Let go of the places read so far; they are read again where they are wanted."""
+        self._places.forget()
 
     def data_step(self, step: int) -> int:
         """Return the data step that a step of training reads."""
@@ -110,7 +129,7 @@ class Stream:
         """
         assert all(0 <= row < self.batch for row in rows), (rows, self.batch)
         chosen = np.asarray(rows, np.int64)
-        domains, numbers = self._samples(self.data_step(step) * self.batch, chosen)
+        domains, numbers = self._samples((self.data_step(step) - self.first_step) * self.batch, chosen)
         places, found = self._finder.find(domains, numbers)
         batch = self._blank(len(chosen))
         where = list(zip(domains.tolist(), places.tolist(), strict=True))
@@ -140,12 +159,12 @@ class Stream:
         Shapes: int64 [rows] each.
         """
         if len(self._orders) == 1:
-            return np.zeros_like(rows), first + rows
+            return np.zeros_like(rows), self._taken[0] + first + rows
         of_batch = self._mix.domains(first, self.batch)
         numbers = np.empty_like(of_batch)
         for domain, before in enumerate(self._mix.counts(first)):
             mine = np.flatnonzero(of_batch == domain)
-            numbers[mine] = before + np.arange(len(mine))
+            numbers[mine] = self._taken[domain] + before + np.arange(len(mine))
         return of_batch[rows], numbers[rows]
 
 
@@ -158,6 +177,11 @@ class _Places:
         self._most = sum(order.largest_window for order in orders)
         self._held: OrderedDict[tuple[int, int], Held] = OrderedDict()
         self._lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Hold none."""
+        with self._lock:
+            self._held.clear()
 
     @contextmanager
     def read(self, wanted: Iterable[tuple[int, int]]) -> Iterator[Mapping[tuple[int, int], Held]]:

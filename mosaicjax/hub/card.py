@@ -61,15 +61,18 @@ def _trained(origin: Origin, history: Trained) -> dict[str, str]:
     """The facts of a run, as far as its directory has them."""
     recipe, ran, summary = history.loaded.recipe, history.surroundings, history.summary
     tokens = origin.cursor.get("tokens")
+    phases = [phase for phase, _ in recipe.in_phases]
+    stores = [path for phase in phases for path in phase.data.stores().values()]
+    shapes = ", then ".join(f"{phase.batch:,} rows of {phase.seq:,} tokens" for phase in phases)
     # The summary is of the run's end; of an earlier step it says nothing.
     ended = summary if summary.get("steps") == origin.step else {}
     hardware, devices = ended.get("hardware") or {}, ran.get("devices") or {}
     seconds = (ended.get("seconds") or {}).get("total")
     return {
-        "Data": ", ".join(f"token store {path}" for path in recipe.data.stores().values()),
+        "Data": ", ".join(dict.fromkeys(f"token store {path}" for path in stores)),
         "Digest of the training tokens": str(ran.get("data", "")),
         "Trained on": "" if tokens is None else f"{tokens:,} tokens",
-        "Steps": f"{origin.step:,} of {recipe.batch:,} rows of {recipe.seq:,} tokens",
+        "Steps": f"{origin.step:,} of {shapes}",
         "Started from": recipe.init_from or f"random weights, seed {recipe.seed}",
         **_losses(origin, history, ended),
         "Optimizer": str(recipe.optimizer),

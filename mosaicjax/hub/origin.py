@@ -79,7 +79,7 @@ def origin_of(path: str, about: About, step: int) -> Origin:
         step=step,
         family=loaded.recipe.model,
         dtype=dtype,
-        length=max(loaded.recipe.seq, _length_before(loaded.recipe.init_from)),
+        length=max(loaded.recipe.longest, _length_before(loaded.recipe.init_from)),
         special=special,
         history=Trained(loaded, _object(path, RUN_JSON), _object(path, SUMMARY), _rows(path)),
         tokenizer=tokenizer,
@@ -92,7 +92,7 @@ def _length_before(start: str) -> int:
     try:
         kind = kind_of(start) if start else Kind.RUN
         if kind is Kind.RUN:
-            return recipe_file.from_run(start).recipe.seq if start else 0
+            return recipe_file.from_run(start).recipe.longest if start else 0
         return read_imported(start).length if kind is Kind.IMPORTED else open_model(start).length
     except InputError:
         return 0

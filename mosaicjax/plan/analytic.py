@@ -44,6 +44,12 @@ class Estimate:
     matrix: float
     attention: float
     wire: float
+    phase_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps the bill is for: the recipe's, or those of a phase of it."""
+        return self.recipe.steps if self.phase_steps is None else self.phase_steps
 
     @property
     def seconds(self) -> float:
@@ -152,8 +158,8 @@ def lines(found: Estimate, name: str) -> Iterator[str]:
     assert topology.chip.hbm_bytes, "the table has the memory of every chip that can be planned for"
     there, held = topology.chip.hbm_bytes.value, found.state_bytes + found.kept_bytes
     peak = Speeds.of(topology, recipe.dtypes.compute).flops
-    tokens = recipe.steps * recipe.batch * recipe.seq
-    run = recipe.steps * found.seconds
+    tokens = found.steps * recipe.batch * recipe.seq
+    run = found.steps * found.seconds
     yield f"{name} on {topology.title}: {LABEL}"
     yield (
         f"memory    about {held / GIB:.2f} of {there / GIB:.0f} GiB a chip (weights, gradients and optimizer"

@@ -52,7 +52,8 @@ class Bill:
     Both are None, and all that follows from them, where the program does not fit, and on a CPU, whose speed
     nobody states; there the price may be None too.
 
-    Units: `hbm` and `wire` bytes of one chip a step.
+    Units: `hbm` and `wire` bytes of one chip a step. `phase_steps` is how many of the recipe's steps are of
+    this kind, where it has phases.
     """
 
     recipe: Recipe
@@ -66,6 +67,7 @@ class Bill:
     wire: float = 0.0
     lints: tuple[str, ...] = ()
     ops: Sequence[Op] = field(default=(), repr=False)
+    phase_steps: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -90,13 +92,18 @@ class Bill:
         return usd_per_million_tokens(self.tokens_per_second, self.topology.chips, self.price)
 
     @property
+    def steps(self) -> int:
+        """How many steps the bill is for: the recipe's, or those of a phase of it."""
+        return self.recipe.steps if self.phase_steps is None else self.phase_steps
+
+    @property
     def run_seconds(self) -> float:
-        """All steps of the recipe."""
-        return self.recipe.steps * self.seconds
+        """All steps of the recipe, or of the phase."""
+        return self.steps * self.seconds
 
     @property
     def run_usd(self) -> float:
-        """All steps of the recipe."""
+        """All steps of the recipe, or of the phase."""
         assert self.price, "what is timed has a price"
         return cost_usd(self.run_seconds, self.topology.chips, self.price)
 

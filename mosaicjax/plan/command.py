@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -19,7 +19,7 @@ from mosaicjax.plan.picture import draw
 from mosaicjax.plan.text import lines, to_json
 from mosaicjax.plan.topology import Topology, compiler_there
 from mosaicjax.recipe_file import Loaded
-from mosaicjax.report.live import format_count, format_usd
+from mosaicjax.report.live import format_count, format_duration, format_usd
 
 DOES_NOT_FIT = 1
 """The exit code where no topology holds the step."""
@@ -53,6 +53,12 @@ def plan(recipe: str, overrides: Sequence[str], wanted: Wanted, say: Callable[[s
     price = None if given is None else Price(given, "the command line", date.today().isoformat())
     if any(not each.timed for each in topologies) and (wanted.fit or len(topologies) > 1):
         raise InputError("a CPU has no known speed", expected="it alone, without --fit")
+    phases = loaded.recipe.in_phases
+    if len(phases) > 1 and (wanted.fit or len(topologies) > 1):
+        raise InputError(
+            "a recipe of phases is planned on one topology at a time",
+            fix="--topology ONE without --fit, or a recipe of one of its phases",
+        )
     if topologies[0].timed and not compiler_there():
         return _outline(loaded, topologies, price, wanted, say)
     fixes: list[list[str]] = []
@@ -60,11 +66,26 @@ def plan(recipe: str, overrides: Sequence[str], wanted: Wanted, say: Callable[[s
         found = [Fitting(each, price, cache, say).search(loaded.recipe) for each in topologies]
         bills, fixes = [each for each, _ in found], [words for _, words in found]
     else:
-        bills = [bill(loaded.recipe, each, price=price, cache=cache, say=say) for each in topologies]
-    pages = [lines(each, loaded.name) for each in bills] if len(bills) == 1 else [ranking(bills)]
+        bills = [
+            replace(bill(recipe, each, price=price, cache=cache, say=say), phase_steps=steps)
+            for each in topologies
+            for recipe, steps in phases
+        ]
+    pages: list[Iterable[str]] = [ranking(bills)]
+    if len(topologies) == 1:
+        names = (
+            [loaded.name] if len(phases) == 1 else [f"{loaded.name}, phase {n}" for n in range(len(phases))]
+        )
+        pages = [lines(each, name) for each, name in zip(bills, names, strict=True)]
     for page in pages:
         for line in page:
             say(line)
+    if len(phases) > 1 and all(each.fast and each.price for each in bills):
+        usd, tokens = sum(each.run_usd for each in bills), loaded.recipe.tokens
+        say(
+            f"together  ${1e6 * usd / tokens:.4f} a million tokens; {format_count(tokens)} tokens:"
+            f" {format_usd(usd)} in {format_duration(sum(each.run_seconds for each in bills))}"
+        )
     for each, words in zip(bills, fixes, strict=False):
         say(f"fit       {each.topology.name}: {' '.join(words) or 'the recipe as it is'}")
     rows = [to_json(each, loaded.name) for each in bills]
@@ -92,7 +113,11 @@ def _outline(
         raise InputError(
             "--fit compiles, and no TPU compiler is installed", fix="pip install 'mosaicjax[tpu]'"
         )
-    found = [analytic.estimate(loaded.recipe, each, price) for each in topologies]
+    found = [
+        replace(analytic.estimate(recipe, each, price), phase_steps=steps)
+        for each in topologies
+        for recipe, steps in loaded.recipe.in_phases
+    ]
     for each in sorted(found, key=lambda each: each.usd_per_million_tokens):
         for line in analytic.lines(each, loaded.name):
             say(line)

@@ -54,7 +54,7 @@ def lines(bill: Bill, name: str) -> Iterator[str]:
         f"speed     {format_count(bill.tokens_per_second)} tokens/s,"
         f" {format_count(bill.tokens_per_second / bill.topology.chips)} a chip"
     )
-    tokens = recipe.steps * bill.tokens
+    tokens = bill.steps * bill.tokens
     yield (
         f"bill      ${bill.usd_per_million_tokens:.4f} a million tokens; {format_count(tokens)} tokens:"
         f" {format_usd(bill.run_usd)} in {format_duration(bill.run_seconds)}"
@@ -151,8 +151,8 @@ def to_json(bill: Bill, name: str) -> dict[str, Any]:
     found["tokens_per_second"] = bill.tokens_per_second
     found["usd_per_million_tokens"] = bill.usd_per_million_tokens
     found["run"] = {
-        "steps": bill.recipe.steps,
-        "tokens": bill.recipe.steps * bill.tokens,
+        "steps": bill.steps,
+        "tokens": bill.steps * bill.tokens,
         "usd": bill.run_usd,
         "days": bill.run_seconds / 86_400,
     }

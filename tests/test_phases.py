@@ -1,0 +1,130 @@
+"""Runs whose data, sequence length and batch change on the way."""
+
+import json
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from mosaicjax import recipe_file
+from mosaicjax.errors import InputError
+from mosaicjax.run import open_data
+from mosaicjax.step import Step
+from tests import stepping, tiny
+
+STEPS = 14
+BEFORE = "from mosaicjax.data.mixture import Domain, Mixture, TokenStore\nfrom mosaicjax.recipe import Later"
+PHASES = (
+    "(Later(4, seq=16, batch=16, microbatch=8),"
+    " Later(9, batch=8, data=Mixture((Domain('one', {store!r}, 1.0),"
+    " Domain('two', {store!r}, 3.0)), isolate=True)))"
+)
+"""From 8 rows of 32 tokens to 16 of 16 in two microbatches, then to 8 of two domains that are packed."""
+
+
+def written(folder, tiny_store, phases=PHASES, name="phased.py"):
+    path = folder / name
+    tiny.write_recipe(path, tiny_store, before=BEFORE, steps=str(STEPS), eval="Eval(every=5, rows=8)")
+    added = f"    seed=3,\n    phases={phases.format(store=str(tiny_store))},"
+    path.write_text(path.read_text().replace("    seed=3,", added))
+    return path
+
+
+@pytest.fixture(scope="module")
+def phased(tiny_store, tmp_path_factory):
+    """A recipe with phases, and a finished run of it."""
+    folder = tmp_path_factory.mktemp("phased")
+    tiny.train(written(folder, tiny_store), folder / "run")
+    return folder
+
+
+def test_each_step_is_that_of_its_phase(phased):
+    recipe = recipe_file.load(str(phased / "phased.py")).recipe
+    stream, layout = open_data(recipe).stream, recipe.mesh.build(jax.devices())
+    rows = tiny.metrics(phased / "run")
+    assert [row["phase"] for row in rows] == [0] * 4 + [1] * 5 + [2] * 5
+    state, compiled, seen = None, {}, 0
+    for number, row in enumerate(rows):
+        phase = row["phase"]
+        mine = recipe.in_phase(phase)
+        if phase not in compiled:
+            step = Step(mine.program()[1], layout, recipe.seed)
+            with tiny.quick():
+                compiled[phase] = step, step.lower().compile()
+        step, call = compiled[phase]
+        state = step.init() if state is None else state
+        batch = stream.rows(number, range(mine.batch)) | {"row": np.arange(mine.batch, dtype=np.int32)}
+        state, _, found = call(state, {}, stepping.put(step, batch), stepping.signals(step))
+        for name in ("loss", "grad_norm", "lr"):
+            assert row[name] == pytest.approx(float(found[name]), rel=1e-6), (number, name)
+        seen += mine.batch * mine.seq
+        assert row["tokens"] == seen
+    assert recipe.tokens == seen
+    assert sum(rows[-1][f"step_tokens/{name}"] for name in ("one", "two")) == 8 * 16
+
+
+def test_held_out_loss_is_the_last_phases(phased):
+    """At every step over rows of the last phase: those of a run of that phase's recipe alone."""
+    recipe = recipe_file.load(str(phased / "phased.py")).recipe
+    held_out = open_data(recipe).held_out
+    assert (held_out.seq, held_out.isolate, held_out.names) == (16, True, ("one", "two"))
+    found = [row for row in tiny.metrics(phased / "run", "eval")]
+    assert [row["step"] for row in found] == [5, 10, STEPS]
+    assert all({"loss/one", "loss/two"} <= row.keys() for row in found)
+    assert found[-1]["loss/one"] == pytest.approx(found[-1]["loss/two"], rel=1e-6)
+
+
+def test_the_recipe_of_a_run_goes_to_json_and_back(phased):
+    recipe = recipe_file.load(str(phased / "phased.py")).recipe
+    assert recipe_file.from_run(str(phased / "run")).recipe == recipe
+    changed = recipe_file.load(
+        str(phased / "phased.py"), ["--phases.0.batch", "24", "--phases.1.step", "10"]
+    ).recipe
+    first, second = recipe.phases
+    assert changed.phases == (replace(first, batch=24), replace(second, step=10))
+    assert recipe.longest == 32
+
+
+def test_what_cannot_be_is_refused(phased, tiny_store, tmp_path):
+    for number, (phases, said) in enumerate(
+        {
+            "(Later(0, seq=16),)": "steps of the recipe's phases; expected increasing, from 1 on; got .0.",
+            "(Later(5, seq=16), Later(5, batch=4))": "increasing, from 1 on; got .5, 5.",
+            "(Later(5, batch=4, microbatch=6),)": "phase 1 of the recipe, from step 5 on: microbatch; exp",
+            "(Later(5, seq=0),)": "phase 1 of the recipe, from step 5 on: seq of the recipe",
+        }.items()
+    ):
+        with pytest.raises(InputError, match=said):
+            recipe_file.load(str(written(tmp_path, tiny_store, phases, f"{number}.py")))
+
+
+@pytest.mark.slow
+def test_what_is_to_come_may_change_and_what_was_may_not(phased, tiny_store, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert tiny.run("train", phased / "phased.py", "--out", out, "--steps", 6) == 0
+    gone, later = "--phases.0.batch", "--phases.1.batch"
+    capsys.readouterr()
+    assert tiny.run("train", phased / "phased.py", "--out", out, gone, 24) == 2
+    said = capsys.readouterr().err
+    assert "phases.0.batch: 16 -> 24" in said and "and phases from data step 6 on alone" in said
+    assert tiny.run("train", phased / "phased.py", "--out", out, "--steps", 11, later, 16) == 0
+    rows = tiny.metrics(out)
+    assert [row["tokens"] for row in rows[8:]] == [2_304, 2_304 + 256, 2_304 + 512]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_a_phase_goes_on_in_it(tiny_store, tmp_path):
+    recipe = written(tmp_path, tiny_store)
+    options = ("--steps", 60, "--save.every", 2, "--phases.1.step", 30, "--skips", 7, 8, 33)
+    (done,) = tiny.ended([tiny.launch("train", recipe, "--out", tmp_path / "straight", *options)])
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "killed"
+    for steps in (14, 22):
+        job = [tiny.launch("train", recipe, "--out", out, *options)]
+        tiny.signal_after(job, out, steps, signal.SIGKILL, [0])
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["phase"] in (1, 2)
+    (done,) = tiny.ended([tiny.launch("train", recipe, "--out", out, *options)])
+    assert done.returncode == 0, done.stderr
+    assert tiny.rows(out) == tiny.rows(tmp_path / "straight")
