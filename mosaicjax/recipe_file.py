@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import cattrs
 import tyro
@@ -195,11 +195,14 @@ def option_names(recipe: Recipe) -> list[str]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A recipe's fields by dotted name."""
+    """A recipe's fields by dotted name; an empty list of parts has none."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts: dict[str, Any] = {}
+        hints = get_type_hints(type(value))
         for field in dataclasses.fields(value):
-            parts |= flat(getattr(value, field.name), f"{prefix}.{field.name}" if prefix else field.name)
+            held = getattr(value, field.name)
+            if held != () or not any(map(dataclasses.is_dataclass, get_args(hints[field.name]))):
+                parts |= flat(held, f"{prefix}.{field.name}" if prefix else field.name)
         return parts
     if isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
         parts = {}

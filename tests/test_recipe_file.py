@@ -33,7 +33,7 @@ from mosaicjax.mesh import Mesh
 from mosaicjax.methods.clip import ClipGradients
 from mosaicjax.models import mpt
 from mosaicjax.models.decoder import Remat
-from mosaicjax.recipe import Eval, Log, Recipe, Save
+from mosaicjax.recipe import Eval, Later, Log, Recipe, Save
 from mosaicjax.spec import Dtypes
 from mosaicjax.spikes import Ignore, RollBack, Stop
 from tests import tiny
@@ -108,6 +108,9 @@ RECIPES = some(
     eval=some(Eval),
     save=some(Save),
     log=some(Log),
+    phases=st.lists(st.builds(Later, SIZES, *[st.none() | SIZES] * 3, data=st.none() | DATA), max_size=2).map(
+        tuple
+    ),
     price=st.none() | st.builds(Price, st.floats(0, 1e9), NAMES, NAMES),
 )
 

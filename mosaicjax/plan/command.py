@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
@@ -71,12 +71,12 @@ def plan(recipe: str, overrides: Sequence[str], wanted: Wanted, say: Callable[[s
             for each in topologies
             for recipe, steps in phases
         ]
-    pages: list[Iterable[str]] = [ranking(bills)]
     if len(topologies) == 1:
-        names = (
-            [loaded.name] if len(phases) == 1 else [f"{loaded.name}, phase {n}" for n in range(len(phases))]
-        )
+        many = len(phases) > 1
+        names = [f"{loaded.name}, phase {n}" if many else loaded.name for n in range(len(phases))]
         pages = [lines(each, name) for each, name in zip(bills, names, strict=True)]
+    else:
+        pages = [iter(ranking(bills))]
     for page in pages:
         for line in page:
             say(line)
