@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+import grain
 import numpy as np
 from jax import Array
 
 from mosaicjax import processes
 from mosaicjax.data.phased import Phased
-from mosaicjax.data.prefetch import Prefetch
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import global_array, local_rows
 from mosaicjax.step import Step
@@ -36,7 +36,10 @@ class Feed:
         self._next, self._steps = start, steps
         self._ready: deque[tuple[int, dict[str, np.ndarray]]] = deque()
         self.failure: InputError | None = None
-        self._prefetch = Prefetch(self._read, start, ahead=AHEAD)
+        # One thread, since batches share what they read.
+        reads = grain.MapDataset.range(start, max(start + 1, steps)).map(self._read)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
+        self._batches = reads.to_iter_dataset(options).__iter__()
         with processes.refused_by_all("reading the first batches"):
             for _ in range(AHEAD):
                 self._pull()
@@ -52,20 +55,24 @@ class Feed:
     def _pull(self) -> None:
         if self.failure is not None or self._next >= self._steps:
             return
-        try:
-            self._ready.append((self._next, self._prefetch.get(self._next)))
-        except InputError as error:
-            self.failure = error
+        read = next(self._batches)
+        if isinstance(read, InputError):
+            self.failure = read
+        else:
+            self._ready.append((self._next, read))
         self._next += 1
 
-    def _read(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of a batch; see `Form.filled`."""
+    def _read(self, step: int) -> dict[str, np.ndarray] | InputError:
+        """This process's rows of a batch, see `Form.filled`, or why they cannot be read."""
         form = self._forms[self._stream.phase(step)]
-        return form.filled(self._stream.rows(step, form.wanted))
+        try:
+            return form.filled(self._stream.rows(step, form.wanted))
+        except InputError as error:
+            return error
 
     def close(self) -> None:
         """Stop reading."""
-        self._prefetch.close()
+        self._batches.close()
 
     def __enter__(self) -> Self:
         return self
