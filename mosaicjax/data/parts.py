@@ -6,12 +6,12 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mosaicjax.data import fim
 from mosaicjax.data.documents import Documents, documents_of
 from mosaicjax.data.filters import Filter, first_against
-from mosaicjax.data.sources import Source
+from mosaicjax.data.sources import Content, Source
 from mosaicjax.data.split import is_held_out
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
 from mosaicjax.data.workers import Engine
@@ -66,7 +66,7 @@ class Part:
     settings: PartSettings
     number: int
     first: int
-    texts: tuple[str, ...]
+    contents: tuple[Content, ...]
 
     @property
     def spill(self) -> Path:
@@ -80,8 +80,8 @@ class Part:
         So a part left by an earlier run is known to be of the same documents.
         """
         state = hashlib.blake2b(digest_size=12)
-        for text in self.texts:
-            data = text.encode()
+        for content in self.contents:
+            data = content.encode() if isinstance(content, str) else content.tobytes()
             state.update(len(data).to_bytes(8, "little"))
             state.update(data)
         return self.settings.folder / f"{self.number:07d}-{state.hexdigest()}.npy"
@@ -133,8 +133,8 @@ def tokenise(
             bar.update(result.bytes)
 
         def missing() -> Iterator[Part]:
-            texts = (document.text for document in documents)
-            for part in _parts(texts, settings):
+            contents = (document.content for document in documents)
+            for part in _parts(contents, settings):
                 finished = _finished(part, earlier.get(part.number))
                 if finished is None:
                     yield part
@@ -164,28 +164,31 @@ def groups_of(documents: Documents, settings: PartSettings, engine: Engine) -> l
     Raises: InputError naming a file that cannot be read, or where there is no document at all.
     """
     groups = documents.groups(GROUP_BYTES)
-    counted = dict(engine.run(count_documents, list(enumerate(groups))))
+    uncounted = [Group(settings, number, 0, sources) for number, sources in enumerate(groups)]
+    counted = {group.number: counts for group, counts in engine.run(count_documents, uncounted)}
     documents.skipped = sum((skipped for _, skipped in counted.values()), Counter(documents.left_out))
     made, first = [], 0
-    for number, sources in enumerate(groups):
-        made.append(Group(settings, number, first, sources))
-        first += counted[number, sources][0]
+    for group in uncounted:
+        made.append(replace(group, first=first))
+        first += counted[group.number][0]
     documents.check_found(first > 0)
     return made
 
 
-def count_documents(group: tuple[int, tuple[Source, ...]]) -> tuple[int, Counter[str]]:
+def count_documents(group: Group) -> tuple[int, Counter[str]]:
     """How many documents some sources hold, and what was left out of them."""
     skipped: Counter[str] = Counter()
-    return sum(1 for _ in documents_of(group[1], skipped)), skipped
+    contents = (document.content for document in documents_of(group.sources, skipped))
+    count = sum(1 if isinstance(each, str) else len(cut(each, group.settings)) for each in contents)
+    return count, skipped
 
 
 def tokenise_group(group: Group) -> list[tuple[int, Tokenised]]:
     """Make the parts of some sources that are missing, and return all by number."""
     earlier = left_by_earlier(group.settings)
-    texts = (document.text for document in documents_of(group.sources, Counter()))
+    contents = (document.content for document in documents_of(group.sources, Counter()))
     made = []
-    for part in _parts(texts, group.settings, first=group.first, number=group.number * MOST_PARTS):
+    for part in _parts(contents, group.settings, first=group.first, number=group.number * MOST_PARTS):
         finished = _finished(part, earlier.get(part.number))
         made.append((part.number, finished or tokenise_part(part)))
     return made
@@ -195,16 +198,20 @@ def tokenise_part(part: Part) -> Tokenised:
     """Tokenise a part into its spill file, sorted by split and key, and then write its index."""
     settings = part.settings
     tokenizer = _tokenizer(settings.tokenizer, settings.separator_token)
-    against = [first_against(settings.filters, text) for text in part.texts]
+    every = [each if isinstance(each, str) else tokenizer.decode(each.tolist()) for each in part.contents]
+    against = [first_against(settings.filters, text) for text in every]
     kept = [i for i, number in enumerate(against) if not number]
-    texts = tuple(part.texts[i] for i in kept)
+    texts = tuple(every[i] for i in kept)
     held_out = [is_held_out(text, settings.held_out) for text in texts]
     kinds = [fim.PLAIN] * len(texts)
+    encoded: Sequence[Any]
     if settings.fim is None:
-        encoded = tokenizer.encode_batch(texts)
+        given = [part.contents[i] for i in kept]
+        made = iter(tokenizer.encode_batch([each for each in given if isinstance(each, str)]))
+        encoded = [next(made) if isinstance(each, str) else each for each in given]
     else:
         encoded, kinds = fim.encode(settings.fim, texts, held_out, settings.seed, tokenizer)
-    index = np.zeros(len(part.texts), INDEX)
+    index = np.zeros(len(part.contents), INDEX)
     index["against"] = against
     index["key"] = [shuffle_key(settings.seed, part.first + i) for i in range(len(index))]
     rows = {i: np.array(ids, settings.dtype) for i, ids in zip(kept, encoded, strict=True)}
@@ -245,19 +252,39 @@ def _tokenizer(path: Path, separator_token: str) -> Tokenizer:
 
 
 def _parts(
-    texts: Iterable[str], settings: PartSettings, *, first: int = 0, number: int = 0
+    contents: Iterable[Content], settings: PartSettings, *, first: int = 0, number: int = 0
 ) -> Iterator[Part]:
-    held: list[str] = []
-    characters = 0
-    for text in texts:
-        held.append(text)
-        characters += len(text)
-        if characters >= settings.characters:
+    held: list[Content] = []
+    size = 0
+    for content in contents:
+        for piece in [content] if isinstance(content, str) else cut(content, settings):
+            held.append(piece)
+            size += len(piece)
+        if size >= settings.characters:
             yield Part(settings, number, first, tuple(held))
-            first, characters, number = first + len(held), 0, number + 1
+            first, size, number = first + len(held), 0, number + 1
             held = []
     if held:
         yield Part(settings, number, first, tuple(held))
+
+
+def cut(ids: np.ndarray, settings: PartSettings) -> list[np.ndarray]:
+    """Tokens that were given as such, cut at separators; empty pieces are left out.
+
+    Raises: InputError for ids that the tokenizer lacks, or with fill-in-the-middle.
+    """
+    tokenizer = _tokenizer(settings.tokenizer, settings.separator_token)
+    if len(ids) and not 0 <= (far := int(ids[np.argmax(np.abs(ids))])) < tokenizer.size:
+        raise InputError(
+            "tokens of another tokenizer",
+            expected=f"ids below {tokenizer.size}, those of {settings.tokenizer.name}",
+            got=far,
+            fix="--tokenizer with the one that made them",
+        )
+    if settings.fim is not None:
+        raise InputError("fill-in-the-middle of tokens", expected="text", fix="a build without --fim")
+    pieces = np.split(ids, np.flatnonzero(ids == tokenizer.separator))
+    return [piece for each in pieces if len(piece := each[each != tokenizer.separator])]
 
 
 def _finished(part: Part, path: Path | None) -> Tokenised | None:

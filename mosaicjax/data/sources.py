@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
+import numpy as np
+
 from mosaicjax import storage
 from mosaicjax.errors import InputError
 
@@ -19,12 +21,26 @@ JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 BROKEN_ARCHIVE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 
+Content = str | np.ndarray
+"""A text, or ids of a tokenizer, int64 [tokens]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, with the name of where it was read: a path, `path:line`, or `path:row`."""
+    """One text, or its tokens, with the name of where it was read: a path, `path:line`, or `path:row`."""
 
-    text: str
+    content: Content
     name: str
+
+    @property
+    def text(self) -> str:
+        """The text.
+
+        Raises: InputError where the source holds tokens.
+        """
+        if isinstance(self.content, str):
+            return self.content
+        raise InputError(f"{self.name} holds tokens", expected="text", fix="another --field")
 
 
 class Source(Protocol):

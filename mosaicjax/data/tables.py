@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from mosaicjax import storage
 from mosaicjax.data.mds import Mds
-from mosaicjax.data.sources import Document, StoredFile, checked_text, pyarrow_for
+from mosaicjax.data.sources import Content, Document, StoredFile, checked_text, pyarrow_for
 from mosaicjax.errors import InputError
 
 ROWS = 1_024
@@ -111,7 +113,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class MdsFolder:
-    """Mosaic's MDS shards, whose column `field` is a document's text."""
+    """Mosaic's MDS shards, whose column `field` is a document's text, or tokens.
+
+    Tokens are integers, or plain bytes where `field` is `NAME:DTYPE`.
+    """
 
     name: str
     field: str
@@ -127,9 +132,10 @@ class MdsFolder:
 
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         """See `Source`."""
-        for number, sample in enumerate(self._shards.samples((self.field,))):
+        field, _, dtype = self.field.partition(":")
+        for number, sample in enumerate(self._shards.samples((field,))):
             place = f"{self.name}:{number}"
-            yield Document(checked_text(sample[self.field], f"{place}, column {self.field!r}"), place)
+            yield Document(_content(sample[field], dtype, f"{place}, column {field!r}"), place)
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,25 @@ class HuggingFace:
             _check_column(self.field, list(row), self.name)
             place = f"{self.name}:{number}"
             yield Document(checked_text(row[self.field] or "", f"{place}, column {self.field!r}"), place)
+
+
+def _content(value: Any, dtype: str, place: str) -> Content:
+    """A text, or tokens as an array or as the bytes of one."""
+    if dtype and isinstance(value, bytes):
+        try:
+            value = np.frombuffer(value, np.dtype(dtype).newbyteorder("<"))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{place} holds no tokens of {dtype}", got=str(error)) from error
+    if isinstance(value, bytes):
+        raise InputError(
+            f"{place} holds bytes", expected="text or tokens", fix="--field NAME:DTYPE, such as tokens:int64"
+        )
+    if not isinstance(value, np.ndarray):
+        return checked_text(value, place)
+    if value.ndim != 1 or value.dtype.kind not in "iu":
+        got = f"{value.dtype} {list(value.shape)}"
+        raise InputError(f"{place} holds no tokens", expected="integers, [tokens]", got=got)
+    return value.astype(np.int64)
 
 
 def _check_column(field: str, names: list[str], place: str) -> None:

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from mosaicjax.data.build import build
 from mosaicjax.data.documents import open_sources
 from mosaicjax.data.mds import Mds
 from mosaicjax.errors import InputError
@@ -123,3 +124,44 @@ def test_refused_encodings(tmp_path, encoding, line):
     path.write_text(path.read_text().replace('"bytes"]', f'"{encoding}"]'))
     with pytest.raises(InputError, match=line):
         Mds(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "column, encoding", [("ids", "ndarray"), ("ids:int64", "bytes"), ("ids", "ndarray:int32")]
+)
+@pytest.mark.parametrize("together", [1, 7])
+def test_tokens_are_stored_as_they_are(
+    tmp_path, tokenizer, write_rows, data_digests, column, encoding, together
+):
+    """Those of texts, alone or several in a sample with separators between, give the store of the texts."""
+    texts = [f"text {number} of {number % 7 * 'some '}words, größe" for number in range(40)]
+    options = {"tokenizer": tokenizer, "held_out": 0.2, "workers": 1, "progress": False}
+    build([write_rows(tmp_path / "rows.jsonl", texts)], tmp_path / "texts", **options)
+    ids = [tokenizer.encode(text) for text in texts]
+    samples = []
+    for first in range(0, len(ids), together):
+        joined = [tokenizer.separator]
+        for each in ids[first : first + together]:
+            joined += [*each, tokenizer.separator]
+        value = np.array(joined, np.int64 if encoding == "bytes" else np.int32)
+        samples.append({"ids": value.tobytes() if encoding == "bytes" else value})
+    mds_writer.write(tmp_path / "mds", {"ids": encoding}, samples, 3)
+    build([tmp_path / "mds"], tmp_path / "tokens", field=column, **options)
+    assert data_digests(tmp_path / "tokens") == data_digests(tmp_path / "texts")
+
+
+def test_tokens_that_cannot_be_are_refused(tmp_path, tokenizer):
+    def refused(value, encoding, field="ids"):
+        folder = tmp_path / "in" / f"{encoding}-{field.count(':')}-{str(value)[:3]}"
+        mds_writer.write(folder, {"ids": encoding}, [{"ids": value}], 3)
+        with pytest.raises(InputError) as said:
+            options = {"workers": 1, "progress": False}
+            build([folder], tmp_path / "out" / folder.name, tokenizer=tokenizer, field=field, **options)
+        return str(said.value)
+
+    big = np.array([3, 512, 4], np.int32)
+    assert "tokens of another tokenizer; expected ids below 512" in refused(big, "ndarray")
+    assert "got -2" in refused(np.array([1, -2], np.int32), "ndarray")
+    assert "holds no tokens; expected integers, [tokens]; got float64 [2]" in refused(np.ones(2), "ndarray")
+    assert "holds bytes; expected text or tokens; fix: --field NAME:DTYPE" in refused(b"123", "bytes")
+    assert "holds no tokens of int64" in refused(b"123", "bytes", "ids:int64")
