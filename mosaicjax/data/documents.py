@@ -113,7 +113,7 @@ def open_sources(
 
     Text files, JSON lines (`.jsonl`, or with .gz, .xz, .zst) and `.parquet` files; folders of them; Delta
     tables, `TABLE` or `TABLE@v7` for a version of it; folders of MDS shards; `hf:NAME` for a Hugging Face
-    dataset. `field` names the text of rows; of MDS shards also a column of tokens (`NAME:DTYPE` where it is one
+    dataset. `field` names the text of rows; of MDS shards also a column of tokens (`NAME:DTYPE` for one
     of plain bytes), whose samples are cut at the separator.
 
     A folder is read recursively in sorted order: every file with an extension of `TEXT_EXTENSIONS`, or those
