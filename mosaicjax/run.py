@@ -21,7 +21,7 @@ from mosaicjax.data import mixture
 from mosaicjax.data.packing import Packing
 from mosaicjax.data.phased import Phased, taken_before
 from mosaicjax.data.rows import Contiguous, Packed, SplitRows
-from mosaicjax.data.store import Split, Store
+from mosaicjax.data.store import Store, digest
 from mosaicjax.data.stream import Drawn, HeldOut, Stream
 from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.errors import InputError
@@ -37,6 +37,8 @@ from mosaicjax.step import Step, TrainState
 
 TOKENIZER = "tokenizer"
 RUN_JSON = "run.json"
+MANY_DOCUMENTS = 2**20
+"""How so many documents or more are packed is kept on this machine: it takes seconds."""
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -170,8 +172,7 @@ def open_data(recipe: Recipe) -> Data:
 def _stream(recipe: Recipe, stores: Mapping[str, Store], begin: int, before: Sequence[Stream]) -> Stream:
     """The stream of a phase that begins at a data step, after those of the phases before it."""
     paths = recipe.data.stores()
-    # A stream keeps what it reads, and reads nothing twice.
-    rows = {name: _rows(stores[path].split("train", cache_bytes=0), recipe) for name, path in paths.items()}
+    rows = {name: _rows(stores[path], recipe) for name, path in paths.items()}
     weights = recipe.data.weights([len(each) for each in rows.values()])
     return Stream(
         [Drawn(*each, weight) for each, weight in zip(rows.items(), weights, strict=True)],
@@ -186,10 +187,15 @@ def _stream(recipe: Recipe, stores: Mapping[str, Store], begin: int, before: Seq
     )
 
 
-def _rows(split: Split, recipe: Recipe) -> SplitRows:
-    if recipe.data.rows is mixture.Rows.BEST_FIT:
+def _rows(store: Store, recipe: Recipe) -> SplitRows:
+    # A stream keeps what it reads, and reads nothing twice.
+    split = store.split("train", cache_bytes=0)
+    if recipe.data.rows is not mixture.Rows.BEST_FIT:
+        return Contiguous(split, recipe.seq)
+    if split.counts.documents < MANY_DOCUMENTS:
         return Packed(Packing.of(split, recipe.seq))
-    return Contiguous(split, recipe.seq)
+    name = digest(store.manifest.files, "train/documents/")
+    return Packed(Packing.kept(split, recipe.seq, store.cache, name))
 
 
 def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:

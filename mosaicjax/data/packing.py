@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mosaicjax.data.disk_cache import DiskCache
 from mosaicjax.data.store import Split
 
 REGION_TOKENS = 2**18
 REGION_ROWS = 64
+VERSION = 1
+"""Of the way that documents are packed; another gives other rows."""
 
 
 def pieces_of(spans: np.ndarray, seq: int) -> np.ndarray:
@@ -59,7 +62,7 @@ class Packing:
     """How the documents of a split lie in rows of `seq` targets.
 
     Region r has the documents from number `documents[r]` and the rows from number `rows[r]` on; a last entry
-    has the totals. `waste` is the share of the rows' places that are empty.
+    has the totals.
 
     Shapes: int64 [regions + 1] each.
     """
@@ -68,7 +71,21 @@ class Packing:
     seq: int
     documents: np.ndarray
     rows: np.ndarray
-    waste: float
+
+    @classmethod
+    def kept(cls, split: Split, seq: int, cache: DiskCache, name: str) -> Packing:
+        """Pack all documents of a split, or take what was kept of that under its name, which says what they are.
+
+        Raises: InputError naming a damaged array.
+        """
+        block = f"{name}/packing-{VERSION}/{seq}"
+        found = cache.get(block)
+        if found is not None:
+            documents, rows = np.frombuffer(found, np.int64).reshape(2, -1)
+            return cls(split, seq, documents, rows)
+        made = cls.of(split, seq)
+        cache.put(block, np.stack([made.documents, made.rows]).tobytes())
+        return made
 
     @classmethod
     def of(cls, split: Split, seq: int, *, region: int = REGION_TOKENS) -> Packing:
@@ -88,8 +105,12 @@ class Packing:
             for low, high in zip(documents, documents[1:], strict=False)
         ]
         rows = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        places = int(np.sum(spans[:, 1] - starts + 1))
-        return cls(split, seq, documents, rows, 1.0 - places / max(1, int(rows[-1]) * seq))
+        return cls(split, seq, documents, rows)
+
+    @property
+    def waste(self) -> float:
+        """The share of the rows' places that are empty: every token but the first is some place's target."""
+        return 1.0 - (len(self.split) - 1) / max(1, len(self) * self.seq)
 
     def __len__(self) -> int:
         """Return the number of rows."""

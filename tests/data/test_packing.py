@@ -1,5 +1,6 @@
 """Packed rows against documents taken one by one."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaicjax.data.build import build
+from mosaicjax.data.disk_cache import DiskCache, Place
 from mosaicjax.data.manifest import Layout
 from mosaicjax.data.packing import REGION_TOKENS, Packing, best_fit, pieces_of
 from mosaicjax.data.rows import Packed
@@ -130,3 +132,23 @@ def test_little_is_left_empty_on_real_text(shared_data, tmp_path, corpus, file, 
     build([source], tmp_path / "store", tokenizer=tokenizer, field=field, held_out=0.0, progress=False)
     found = Packing.of(Store.open(tmp_path / "store").split("train"), 2_048)
     assert 0.0 <= found.waste < 0.03
+
+
+def test_what_was_kept_of_a_packing_is_the_packing(made, tmp_path):
+    cache, split = DiskCache(Place(tmp_path, 10**6)), made.split("train")
+    for seq in (64, 128):
+        first, again = (Packing.kept(split, seq, cache, "some/store") for _ in range(2))
+        fresh = Packing.of(split, seq)
+        for found in (first, again):
+            assert found.documents.tolist() == fresh.documents.tolist()
+            assert found.rows.tolist() == fresh.rows.tolist() and found.waste == fresh.waste
+    kept = [path for path in (tmp_path / "blocks" / "some" / "store").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in kept) == ["128", "64"]
+    # A documents' table that cannot be read is not needed any more.
+    shutil.copytree(made.path, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "train" / "documents")
+    split = Store(tmp_path / "copy", made.manifest, 0).split("train")
+    assert (
+        Packing.kept(split, 64, cache, "some/store").rows.tolist()
+        == Packing.of(made.split("train"), 64).rows.tolist()
+    )
