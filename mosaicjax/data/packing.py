@@ -74,7 +74,7 @@ class Packing:
 
     @classmethod
     def kept(cls, split: Split, seq: int, cache: DiskCache, name: str) -> Packing:
-        """Pack all documents of a split, or take what was kept of that under its name, which says what they are.
+        """Pack all documents of a split, or take what was kept of that under a name that says what they are.
 
         Raises: InputError naming a damaged array.
         """
