@@ -188,8 +188,7 @@ def _stream(recipe: Recipe, stores: Mapping[str, Store], begin: int, before: Seq
 
 
 def _rows(store: Store, recipe: Recipe) -> SplitRows:
-    # A stream keeps what it reads, and reads nothing twice.
-    split = store.split("train", cache_bytes=0)
+    split = store.split("train")
     if recipe.data.rows is not mixture.Rows.BEST_FIT:
         return Contiguous(split, recipe.seq)
     if split.counts.documents < MANY_DOCUMENTS:

@@ -14,6 +14,9 @@ from mosaicjax.run import open_data
 from mosaicjax.step import Step
 from tests import stepping, tiny
 
+pytestmark = pytest.mark.xdist_group("phases")
+"""One worker makes what these share."""
+
 STEPS = 14
 BEFORE = "from mosaicjax.data.mixture import Domain, Mixture, TokenStore\nfrom mosaicjax.recipe import Later"
 PHASES = (

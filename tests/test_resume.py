@@ -74,10 +74,10 @@ def test_killed_and_terminated_runs_go_on_exactly(tiny_recipe, tmp_path):
     [
         pytest.param(
             *(one_process, 300, {tiny.TERM: [0], tiny.KILL: [0], tiny.INT: [0]}),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.soak,
             id="one process",
         ),
-        # Steps are slower here, so that fewer of them pass before a signal arrives. It takes minutes.
+        # Steps are slower here, so that fewer of them pass before a signal arrives. Both take minutes.
         pytest.param(
             *(two_processes, 120, {tiny.TERM: [1], tiny.KILL: [0, 1], tiny.INT: [0]}),
             marks=pytest.mark.soak,

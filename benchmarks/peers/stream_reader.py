@@ -25,7 +25,7 @@ def opened(options):
     """The stream of a recipe's `TokenStore`, or of a `Mixture`."""
     if options.bare_rows:
         tokens = options.bare_rows * options.seq + 1
-        split = Split(Path(options.stores[0]), Counts(1, tokens, 0), options.shard_tokens, 0)
+        split = Split(Path(options.stores[0]), Counts(1, tokens, 0), options.shard_tokens)
         return Stream(
             [Drawn("", Contiguous(split, options.seq), 1)], separator=0, seq=options.seq, **common(options)
         )
@@ -34,7 +34,7 @@ def opened(options):
     else:
         data = Mixture(tuple(Domain(f"d{i}", path, 1.0) for i, path in enumerate(options.stores)))
     stores = [Store.open(path) for path in data.stores().values()]
-    rows = [Contiguous(store.split("train", cache_bytes=0), options.seq) for store in stores]
+    rows = [Contiguous(store.split("train"), options.seq) for store in stores]
     weights = data.weights([len(each) for each in rows])
     drawn = [Drawn(*each) for each in zip(data.stores(), rows, weights, strict=True)]
     separator = stores[0].manifest.tokenizer.separator

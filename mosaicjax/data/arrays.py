@@ -87,8 +87,8 @@ def writing() -> Iterator[None]:
         raise OSError(code, f"{os.strerror(code)} ({said})") from error
 
 
-def open_array(folder: storage.PathLike, cache_bytes: int) -> Any:
-    """Begin to open an array for reading, with a pool of at most `cache_bytes` of chunks kept in memory.
+def open_array(folder: storage.PathLike) -> Any:
+    """Begin to open an array for reading; nothing of it is kept in memory.
 
     A request that a remote store does not answer is repeated, after a second at first and then after twice
     as long each time, for some ten minutes. The result's `result()` waits.
@@ -102,7 +102,7 @@ def open_array(folder: storage.PathLike, cache_bytes: int) -> Any:
     }
     context = tensorstore.Context(
         {
-            "cache_pool": {"total_bytes_limit": cache_bytes},
+            "cache_pool": {"total_bytes_limit": 0},
             "s3_request_retries": RETRIES,
             "gcs_request_retries": RETRIES,
         }

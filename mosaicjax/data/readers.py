@@ -1,4 +1,4 @@
-"""Reading rows of a store's arrays: directly on this machine, through blocks on its disk from elsewhere."""
+"""Reading rows of a store's arrays from elsewhere, through blocks on this machine's disk."""
 
 from __future__ import annotations
 
@@ -27,40 +27,17 @@ class Reader(Protocol):
     def begin(self, spans: Sequence[Span]) -> Wait:
         """Begin to read the rows from `first` up to `last`, of each span; calling the result waits for them.
 
-        Raises: ValueError, then or at once, with what TensorStore says of damaged or missing files.
+        Shapes: as the array's, [last - first, ...].
+        Raises: ValueError, then or at once, with what is said of damaged or missing files.
         """
         ...
 
     def check(self, first: int, last: int) -> None:
         """Read these rows and no others, where they lie.
 
-        Raises: ValueError with what TensorStore says of them.
+        Raises: ValueError with what is said of them.
         """
         ...
-
-
-class Direct:
-    """An array on this machine, with a pool of at most `cache_bytes` of chunks kept in memory."""
-
-    def __init__(self, folder: storage.PathLike, cache_bytes: int) -> None:
-        self._folder, self._cache_bytes = folder, cache_bytes
-
-    @cached_property
-    def _array(self) -> Any:
-        return open_array(self._folder, self._cache_bytes).result()
-
-    def begin(self, spans: Sequence[Span]) -> Wait:
-        """See `Reader.begin`."""
-        import tensorstore
-
-        array = self._array
-        with tensorstore.Batch() as batch:
-            pending = [array[first:last].read(batch=batch) for first, last in spans]
-        return lambda: [future.result() for future in pending]
-
-    def check(self, first: int, last: int) -> None:
-        """See `Reader.check`."""
-        self.begin([(first, last)])()
 
 
 class Blocks:
@@ -86,7 +63,7 @@ class Blocks:
     @cached_property
     def _array(self) -> Any:
         # Its chunks are kept as blocks, and read once.
-        return answer(open_array(self._folder, 0), self._folder)
+        return answer(open_array(self._folder), self._folder)
 
     def begin(self, spans: Sequence[Span]) -> Wait:
         """See `Reader.begin`."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from mosaicjax import storage
 from mosaicjax.data.arrays import BLOCK_CHUNKS, CHUNK_DOCUMENTS, CHUNK_TOKENS, shard_file
+from mosaicjax.data.chunks import Chunks
 from mosaicjax.data.disk_cache import DiskCache, Place
 from mosaicjax.data.manifest import (
     NAME,
@@ -21,11 +22,10 @@ from mosaicjax.data.manifest import (
     read_manifest,
     record_file,
 )
-from mosaicjax.data.readers import Blocks, Direct, Reader
+from mosaicjax.data.readers import Blocks, Reader
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
 from mosaicjax.errors import InputError
 
-CACHE_BYTES = 256 * 2**20
 VERIFIED_AT_OPEN_BYTES = 2 * 2**30
 RESTORE = "restore the file, or build the store again"
 
@@ -38,7 +38,6 @@ class Split:
         folder: storage.PathLike,
         counts: Counts,
         shard_tokens: int,
-        cache_bytes: int,
         *,
         readers: tuple[Reader, Reader] | None = None,
     ) -> None:
@@ -47,8 +46,8 @@ class Split:
         self.counts = counts
         self.shard_tokens = shard_tokens
         self._tokens, self._documents = readers or (
-            Direct(storage.join(folder, "tokens"), cache_bytes),
-            Direct(storage.join(folder, "documents"), 0),
+            Chunks(storage.join(folder, "tokens")),
+            Chunks(storage.join(folder, "documents")),
         )
 
     def __len__(self) -> int:
@@ -135,7 +134,7 @@ def out_of_reach(error: ValueError) -> bool:
 
 
 def unreadable(path: str, error: ValueError, what: str = "") -> InputError:
-    """The line for a file or array that TensorStore cannot read."""
+    """The line for a file or array that cannot be read."""
     said = storage.one_line(ValueError(str(error).split(" [tensorstore_spec=")[0]))
     if out_of_reach(error):
         fix = "check the connection and the credentials; the same command goes on where it stopped"
@@ -146,13 +145,12 @@ def unreadable(path: str, error: ValueError, what: str = "") -> InputError:
 class Store:
     """A finished token store, on this machine or on `s3://` or `gs://`."""
 
-    def __init__(self, path: storage.PathLike, manifest: Manifest, cache_bytes: int) -> None:
+    def __init__(self, path: storage.PathLike, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self.cache_bytes = cache_bytes
 
     @classmethod
-    def open(cls, path: storage.PathLike, *, verify: bool = False, cache_bytes: int = CACHE_BYTES) -> Store:
+    def open(cls, path: storage.PathLike, *, verify: bool = False) -> Store:
         """Open a store: its manifest is read and the size of every file compared, nothing more.
 
         With `verify`, a store under 2 GiB on this machine is also hashed whole; for another one call
@@ -161,7 +159,7 @@ class Store:
         Raises: InputError where there is no finished store, or a file is missing or of another size or
         contents.
         """
-        store = cls(path, read_manifest(path), cache_bytes)
+        store = cls(path, read_manifest(path))
         store._check_sizes(store.manifest.files)
         if verify and not storage.is_remote(path) and store.manifest.data_bytes < VERIFIED_AT_OPEN_BYTES:
             store.verify()
@@ -186,8 +184,8 @@ class Store:
                 self._copy(f"tokenizer/{name}", folder / name)
         return load_tokenizer(folder / record.files[0], separator=record.separator_token)
 
-    def split(self, name: str, *, cache_bytes: int | None = None) -> Split:
-        """Return the split `train` or `validation`, with a cache of chunks like the store's or of its own.
+    def split(self, name: str) -> Split:
+        """Return the split `train` or `validation`.
 
         Raises: InputError for another name.
         """
@@ -215,7 +213,6 @@ class Store:
             folder,
             counts,
             self.manifest.settings.layout.shard_tokens,
-            self.cache_bytes if cache_bytes is None else cache_bytes,
             readers=readers,
         )
 

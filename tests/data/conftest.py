@@ -7,7 +7,7 @@ import pytest
 
 from mosaicjax.data.arrays import CHUNK_TOKENS, create_array
 from mosaicjax.data.manifest import Counts
-from mosaicjax.data.store import CACHE_BYTES, Split
+from mosaicjax.data.store import Split
 from mosaicjax.data.tokenizer import train_tokenizer
 
 
@@ -32,7 +32,7 @@ def write_split():
             folder / "tokens", dtype="uint16", shape=(len(tokens),), shard=shard_tokens, chunk=CHUNK_TOKENS
         )
         array.write(np.asarray(tokens, np.uint16)).result()
-        return Split(folder, Counts(documents, len(tokens), 0), shard_tokens, CACHE_BYTES)
+        return Split(folder, Counts(documents, len(tokens), 0), shard_tokens)
 
     return write
 

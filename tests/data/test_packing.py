@@ -147,7 +147,7 @@ def test_what_was_kept_of_a_packing_is_the_packing(made, tmp_path):
     # A documents' table that cannot be read is not needed any more.
     shutil.copytree(made.path, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "train" / "documents")
-    split = Store(tmp_path / "copy", made.manifest, 0).split("train")
+    split = Store(tmp_path / "copy", made.manifest).split("train")
     assert (
         Packing.kept(split, 64, cache, "some/store").rows.tolist()
         == Packing.of(made.split("train"), 64).rows.tolist()

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from mosaicjax.data.arrays import create_array
 from mosaicjax.data.manifest import Counts
 from mosaicjax.data.shards import Shard, Table, write_shard
-from mosaicjax.data.store import CACHE_BYTES, Split
+from mosaicjax.data.store import Split
 
 
 def make_table(lengths):
@@ -53,5 +53,5 @@ def test_shards_join_to_the_whole(lengths, size, tmp_path_factory):
             folder / "tokens", number, first, last, 7, "uint16", rows, paths, folder / "record.json"
         )
         write_shard(shard)
-    split = Split(folder, table.counts, size, CACHE_BYTES)
+    split = Split(folder, table.counts, size)
     assert split.tokens(0, total).tolist() == expected

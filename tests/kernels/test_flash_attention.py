@@ -130,7 +130,7 @@ def test_the_kernel_equals_the_reference(seed, problem):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     problem=problems(st.sampled_from([1, 127, 128, 129, 255, 256, 257, 511, 600])),

@@ -250,7 +250,7 @@ def test_cases_cover_the_grid_and_keep_their_features_when_small():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.soak)])
 def test_all_cases_interpreted(dtype, tmp_path):
     out = tmp_path / "out.json"
     assert check.main(["--interpret", "--out", str(out), "--only", f" {dtype} "]) == 0
