@@ -40,6 +40,8 @@ SAFE_CHANGES = (
     "model.remat",
     "data.path",
     "data.domains.*.path",
+    "phases.*.data.path",
+    "phases.*.data.domains.*.path",
     "skips",
     "on_spike",
     "loss.chunk",

@@ -57,8 +57,8 @@ class Cursor:
     """Where a run stands beside its state; saved with every checkpoint.
 
     `skips` are data steps left out, those of `rollbacks` (`rolled_back`) among them; `tokens` target tokens
-    seen, `data` a digest of the training tokens, `seconds` the time spent so far by part, earlier processes
-    included; `recent` are the last losses, where the recipe watches them.
+    seen, `data` a digest of the training tokens up to `phase`, `seconds` the time spent so far by part,
+    earlier processes included; `recent` are the last losses, where the recipe watches them.
     """
 
     step: int
@@ -95,7 +95,13 @@ class Data:
     stores: tuple[Store, ...]
     stream: Phased
     held_out: HeldOut | None
-    digest: str
+    digests: tuple[str, ...]
+    """Of the training tokens, up to each phase."""
+
+    @property
+    def digest(self) -> str:
+        """Of all training tokens."""
+        return self.digests[-1]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -155,18 +161,19 @@ def open_data(recipe: Recipe) -> Data:
     held_out = None
     if any(split.counts.documents for split in validation.values()) or recipe.eval.every:
         held_out = HeldOut(validation, separator=first.separator, seq=last.seq, isolate=last.data.isolate)
-    hashes = [
-        record.sha256
-        for store in stores.values()
-        for name, record in sorted(store.manifest.files.items())
-        if name.startswith("train/")
-    ]
-    return Data(
-        tuple(stores.values()),
-        Phased(streams),
-        held_out,
-        hashlib.sha256("".join(hashes).encode()).hexdigest(),
-    )
+    return Data(tuple(stores.values()), Phased(streams), held_out, _digests(phases, stores))
+
+
+def _digests(phases: Sequence[Recipe], stores: Mapping[str, Store]) -> tuple[str, ...]:
+    """Of the training tokens of each phase and those before it, wherever the stores lie."""
+    found, so_far = [], dict[tuple[str, ...], None]()
+    for phase in phases:
+        for path in phase.data.stores().values():
+            files = sorted(stores[path].manifest.files.items())
+            so_far[tuple(record.sha256 for name, record in files if name.startswith("train/"))] = None
+        joined = "".join(each for hashes in so_far for each in hashes)
+        found.append(hashlib.sha256(joined.encode()).hexdigest())
+    return tuple(found)
 
 
 def _stream(recipe: Recipe, stores: Mapping[str, Store], begin: int, before: Sequence[Stream]) -> Stream:
@@ -231,7 +238,9 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         phases = [recipe.in_phase(number) for number in range(len(recipe.phases) + 1)]
         each = [phase.program()[1] for phase in phases]
         made = tuple(Step(program, layout, recipe.seed, measure=recipe.log.norms) for program in each)
-        cursor = Cursor(0, 0, data.digest, {}, recipe.seed, [name for name, _ in program.trainable.items()])
+        cursor = Cursor(
+            0, 0, data.digests[0], {}, recipe.seed, [name for name, _ in program.trainable.items()]
+        )
         if latest >= 0:
             cursor = read_cursor(out, latest, data)
             data = replace(data, stream=data.stream.skipping({*recipe.skips, *cursor.rolled_back}))
@@ -291,11 +300,12 @@ def read_cursor(out: str, step: int, data: Data) -> Cursor:
     saved = Checkpoints(out).cursor(step)
     lists = {name: tuple(saved.get(name, ())) for name in ("skips", "rolled_back", "recent")}
     cursor = Cursor(**{**saved, **lists})
-    if cursor.data != data.digest:
+    digest_now = data.digests[min(cursor.phase, len(data.digests) - 1)]
+    if cursor.data != digest_now:
         raise InputError(
             f"{out} was trained on other tokens than the store holds now",
             expected=f"digest {cursor.data[:12]}",
-            got=data.digest[:12],
+            got=digest_now[:12],
             fix="the store it began with, or another --out",
         )
     reached = step + len(cursor.skips)

@@ -306,6 +306,7 @@ class Run:
             self.ready.cursor,
             step=self.number,
             phase=self.phase,
+            data=self.ready.data.digests[self.phase],
             tokens=self.tokens,
             seconds=seconds,
             recent=tuple(self.losses),

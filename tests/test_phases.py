@@ -112,9 +112,20 @@ def test_what_is_to_come_may_change_and_what_was_may_not(phased, tiny_store, tmp
     assert tiny.run("train", phased / "phased.py", "--out", out, gone, 24) == 2
     said = capsys.readouterr().err
     assert "phases.0.batch: 16 -> 24" in said and "and phases from data step 6 on alone" in said
-    assert tiny.run("train", phased / "phased.py", "--out", out, "--steps", 11, later, 16) == 0
+    # Tokens too, of a store that is not the first ones'.
+    other = tiny.build_store(tmp_path / "other", seed=1)
+    second = written(tmp_path, other)
+    text = second.read_text().replace(
+        f"data=TokenStore({str(other)!r})", f"data=TokenStore({str(tiny_store)!r})"
+    )
+    second.write_text(text)
+    assert tiny.run("train", second, "--out", out, "--steps", 11, later, 16) == 0
     rows = tiny.metrics(out)
     assert [row["tokens"] for row in rows[8:]] == [2_304, 2_304 + 256, 2_304 + 512]
+    # Which it has begun with now.
+    capsys.readouterr()
+    assert tiny.run("train", phased / "phased.py", "--out", out, "--steps", 12, later, 16) == 2
+    assert "was trained on other tokens than the store holds now" in capsys.readouterr().err
 
 
 @pytest.mark.slow
