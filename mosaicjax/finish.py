@@ -138,14 +138,16 @@ def evaluate_run(out: str) -> Iterator[str]:
     if not steps or data.held_out is None:
         raise InputError(f"{out} cannot be evaluated", expected="a checkpoint, and held-out documents")
     layout = ONE_DEVICE.build(jax.devices()[:1])
-    decoder, program = recipe.program()
+    last = recipe.in_phase(len(recipe.phases))
+    decoder, program = last.program()
     abstract = program.trainable.abstract(program.dtypes.param, shardings(program.trainable, layout))
     weights = restore_params(out, steps[-1], abstract, field="trainable")
     sizes = data.tokenizer.token_bytes
     rows, chunk = program.phase.microbatch, recipe.loss.chunk
     evaluator = Evaluator(decoder, layout, program.dtypes, data.held_out, sizes, rows, chunk)
     loss = evaluator(weights)
-    text = gzip_held_out(data.stores)
+    paths = set(last.data.stores().values())
+    text = gzip_held_out([store for store in data.stores if store.path in paths])
     yield f"{out}, step {steps[-1]:,}, on {text.documents:,} held-out documents of {text.text_bytes:,} bytes:"
     bits = loss.nats / math.log(2)
     yield f"  model    {bits:>14,.0f} bits, {bits / text.text_bytes:.4f} a byte ({loss.tokens:,} tokens)"

@@ -200,8 +200,13 @@ def _rows(store: Store, recipe: Recipe) -> SplitRows:
         return Contiguous(split, recipe.seq)
     if split.counts.documents < MANY_DOCUMENTS:
         return Packed(Packing.of(split, recipe.seq))
+    try:
+        cache = store.cache
+    except InputError as error:
+        print(f"{error}; how documents are packed is not kept", file=sys.stderr, flush=True)
+        return Packed(Packing.of(split, recipe.seq))
     name = digest(store.manifest.files, "train/documents/")
-    return Packed(Packing.kept(split, recipe.seq, store.cache, name))
+    return Packed(Packing.kept(split, recipe.seq, cache, name))
 
 
 def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:

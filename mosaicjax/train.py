@@ -88,6 +88,9 @@ class Run:
     def enter(self, phase: int) -> None:
         """Go on with the step of another phase."""
         self.flush()
+        if self.said != GO:
+            # Saving comes first: whoever said stop may not wait for a compiler.
+            return
         self.phase = phase
         _, self.compiled = self.compile()
         if self._temporaries is not None:

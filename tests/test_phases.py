@@ -1,6 +1,7 @@
 """Runs whose data, sequence length and batch change on the way."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -88,6 +89,19 @@ def test_the_recipe_of_a_run_goes_to_json_and_back(phased):
     first, second = recipe.phases
     assert changed.phases == (replace(first, batch=24), replace(second, step=10))
     assert recipe.longest == 32
+
+
+def test_a_store_by_another_name_goes_on_where_it_stood(tiny_store, tmp_path):
+    """Another spelling, or a copy elsewhere: the rows of a recipe that only changes the batch."""
+    shutil.copytree(tiny_store, tmp_path / "copy")
+    plain = written(tmp_path, tiny_store, "(Later(3, batch=16),)", "plain.py")
+    expected = open_data(recipe_file.load(str(plain)).recipe).stream.rows(5, range(16))["tokens"]
+    for number, path in enumerate((f"{tiny_store}/.", str(tmp_path / "copy"))):
+        phases = f"(Later(3, batch=16, data=TokenStore({path!r})),)"
+        moved = written(tmp_path, tiny_store, phases, f"moved{number}.py")
+        found = open_data(recipe_file.load(str(moved)).recipe)
+        assert found.stream.rows(5, range(16))["tokens"].tolist() == expected.tolist()
+        assert len(set(found.digests)) == 1
 
 
 def test_what_cannot_be_is_refused(phased, tiny_store, tmp_path):

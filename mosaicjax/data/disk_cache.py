@@ -50,14 +50,15 @@ class Place:
 
         Raises: InputError for a size that is none.
         """
-        folder = os.environ.get(FOLDER)
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         given = os.environ.get(SIZE) or DEFAULT_SIZE
         size = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?B)", given.strip().upper())
         if size is None:
             raise InputError(f"the environment's {SIZE}", expected="a size such as 200GB", got=given)
         limit = int(float(size.group(1)) * UNITS[size.group(2)])
-        return cls(Path(folder) if folder else home / "mosaicjax" / "data", limit)
+        if folder := os.environ.get(FOLDER):
+            return cls(Path(folder), limit)
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        return cls(Path(home, "mosaicjax", "data"), limit)
 
 
 class DiskCache:
@@ -85,8 +86,11 @@ class DiskCache:
         try:
             with path.open("rb") as file:
                 data = file.read()
-                _touch(file.fileno())
-        except FileNotFoundError:
+                # A block of another user's is read, though not marked as used.
+                with suppress(PermissionError):
+                    _touch(file.fileno())
+        except OSError:
+            # Not here, or not to be read any more: its contents come from where they always are.
             return None
         contents, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
         if len(data) < CHECKSUM_BYTES or _checksum(contents) != checksum:
@@ -103,7 +107,7 @@ class DiskCache:
         if size > self.limit_bytes:
             return
         try:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, PermissionError):
                 _touch(path)
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +133,7 @@ class DiskCache:
         with self._counted() as count:
             if count.held + size > self.limit_bytes:
                 count.held = self._evict(self.limit_bytes - size - (self.limit_bytes - size) // SPARE)
+            (self.folder / _UNFINISHED).mkdir(exist_ok=True)
             unfinished = self.folder / _UNFINISHED / f"{os.urandom(8).hex()}.{size}"
             file = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -147,6 +152,8 @@ class DiskCache:
         """Remove the blocks used longest ago until at most so many bytes are held; returns how many are."""
         held = 0
         for path in (self.folder / _UNFINISHED).iterdir():
+            if not path.suffix[1:].isdigit():
+                continue
             if _abandoned(path):
                 path.unlink(missing_ok=True)
             else:
@@ -189,7 +196,8 @@ class _Count:
 def _abandoned(path: Path) -> bool:
     """Whether the process that was writing a file is gone."""
     try:
-        file = os.open(path, os.O_RDONLY)
+        # To be written: NFS locks no other files.
+        file = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return True
     try:

@@ -71,7 +71,7 @@ class Documents:
     def groups(self, size_bytes: int) -> list[tuple[Source, ...]]:
         """The sources in order, some neighbours together: groups of about so many bytes as they lie there.
 
-        They are as when they were opened: nothing that was read of them is kept.
+        Nothing that was read of them is kept, but for which version of a table they are of.
         """
         groups: list[list[Source]] = []
         held = size_bytes
@@ -79,7 +79,8 @@ class Documents:
             if held >= size_bytes:
                 groups.append([])
                 held = 0
-            groups[-1].append(replace(source))  # type: ignore[type-var]
+            pinned = source.pinned() if isinstance(source, Delta) else replace(source)  # type: ignore[type-var]
+            groups[-1].append(pinned)
             held += source.size_bytes
         return [tuple(group) for group in groups]
 

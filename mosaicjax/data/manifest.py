@@ -142,8 +142,9 @@ def read_manifest(store: storage.PathLike) -> Manifest:
         raise InputError(
             f"{store} has no {NAME}: an unfinished build", fix="run the same command again to finish it"
         )
+    text = storage.read_text(path)
     try:
-        contents = json.loads(storage.read_text(path))
+        contents = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path} is damaged", expected="JSON", got=str(error)) from error
     version = (contents.get("format"), contents.get("version")) if isinstance(contents, dict) else None
@@ -168,7 +169,7 @@ def structure(contents: Any, kind: type[T], path: storage.PathLike) -> T:
 def write_json(path: Path, contents: Mapping[str, Any] | Any) -> None:
     """Write a dataclass or mapping as JSON, whole or not at all, and durably."""
     plain = contents if isinstance(contents, Mapping) else without_empty(contents)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.urandom(8).hex()}.unfinished")
     with unfinished.open("w", encoding="utf-8") as file:
         json.dump(plain, file, indent=1, ensure_ascii=False)
         file.write("\n")
@@ -178,7 +179,7 @@ def write_json(path: Path, contents: Mapping[str, Any] | Any) -> None:
 
 
 def without_empty(contents: Any) -> Any:
-    """A dataclass as mappings, without optional fields that are empty, for versions that lack them."""
+    """A dataclass as mappings, without fields that are empty, as by default: for versions without them."""
     if isinstance(contents, tuple | list):
         return [without_empty(each) for each in contents]
     if isinstance(contents, Mapping):
@@ -188,8 +189,8 @@ def without_empty(contents: Any) -> Any:
     written = {}
     for each in fields(contents):
         value = getattr(contents, each.name)
-        optional = each.default is not MISSING or each.default_factory is not MISSING
-        if value or not optional:
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if value or value != default:
             written[each.name] = without_empty(value)
     return written
 

@@ -242,9 +242,12 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under its name once it is written to the end."""
     # Two attempts at one part may be at work on two machines, in processes of one number.
     unfinished = path.with_name(f"{path.name}.{os.urandom(8).hex()}")
-    with unfinished.open("wb") as file:
-        yield file
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def shuffle_key(seed: int, document: int) -> int:
@@ -280,11 +283,12 @@ def cut(ids: np.ndarray, settings: PartSettings) -> list[np.ndarray]:
     Raises: InputError for ids that the tokenizer lacks, or with fill-in-the-middle.
     """
     tokenizer = _tokenizer(settings.tokenizer, settings.separator_token)
-    if len(ids) and not 0 <= (far := int(ids[np.argmax(np.abs(ids))])) < tokenizer.size:
+    wrong = ids[(ids < 0) | (ids >= tokenizer.size)]
+    if len(wrong):
         raise InputError(
             "tokens of another tokenizer",
             expected=f"ids below {tokenizer.size}, those of {settings.tokenizer.name}",
-            got=far,
+            got=int(wrong[0]),
             fix="--tokenizer with the one that made them",
         )
     if settings.fim is not None:

@@ -70,7 +70,7 @@ def taken_before(name: str, rows: SplitRows, begin: int, before: Sequence[Stream
     for number in reversed(range(len(before))):
         stream = before[number]
         mine = next((each.rows for each in stream.drawn if each.name == name), None)
-        if mine is None or mine.folder != rows.folder:
+        if mine is None or mine.identity != rows.identity:
             continue
         end = before[number + 1].first_step if number + 1 < len(before) else begin
         epoch, within = divmod(stream.samples_at(end)[name], len(mine))

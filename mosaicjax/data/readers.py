@@ -58,7 +58,7 @@ class Blocks:
         name: str,
     ) -> None:
         self._folder, self._shape, self._dtype = folder, shape, np.dtype(dtype)
-        self._block, self._cache, self._name = block, cache, name
+        self._block, self._cache, self._name = block, cache, f"{name}/{block}"
 
     @cached_property
     def _array(self) -> Any:

@@ -10,7 +10,6 @@ import numpy as np
 from mosaicjax.data.packing import REGION_TOKENS, Packing
 from mosaicjax.data.store import Split
 from mosaicjax.errors import InputError
-from mosaicjax.storage import PathLike
 
 Batch = dict[str, np.ndarray]
 PLACE_TOKENS = 2**18
@@ -29,10 +28,10 @@ class Held(Protocol):
 
 
 class SplitRows(Protocol):
-    """The rows of a split: how many, how many neighbours to read at a time, and where they lie."""
+    """The rows of a split: how many, how many neighbours to read at a time, and what they are of."""
 
     per_place: int
-    folder: PathLike
+    identity: str
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -64,7 +63,7 @@ class Contiguous:
                 got=len(split),
                 fix="more documents, or a shorter sequence",
             )
-        self.split, self.seq, self.folder = split, seq, split.folder
+        self.split, self.seq, self.identity = split, seq, split.identity
         self.per_place = PLACE_TOKENS // seq
 
     def __len__(self) -> int:
@@ -95,7 +94,7 @@ class Packed:
     """Rows of whole documents, each a segment of its own."""
 
     def __init__(self, packing: Packing) -> None:
-        self.packing, self.folder = packing, packing.split.folder
+        self.packing, self.identity = packing, packing.split.identity
         self.per_place = REGION_TOKENS // packing.seq
 
     def __len__(self) -> int:

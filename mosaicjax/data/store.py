@@ -40,8 +40,13 @@ class Split:
         shard_tokens: int,
         *,
         readers: tuple[Reader, Reader] | None = None,
+        identity: str = "",
     ) -> None:
-        """`readers` are those of its tokens and its documents, where they do not lie on this machine."""
+        """`readers` are those of its tokens and its documents, where they do not lie on this machine.
+
+        `identity` tells splits of other contents apart, wherever they lie; by default the folder does.
+        """
+        self.identity = identity or str(folder)
         self.folder = folder
         self.counts = counts
         self.shard_tokens = shard_tokens
@@ -64,12 +69,16 @@ class Split:
             assert 0 <= first <= last <= len(self), (first, last, len(self))
         try:
             begun = self._tokens.begin(spans)
+        except InputError:
+            raise
         except ValueError as error:
             raise self._unreadable("tokens", error) from error
 
         def wait() -> list[np.ndarray]:
             try:
                 return begun()
+            except InputError:
+                raise
             except ValueError as error:
                 raise self._damage(spans, error) from error
 
@@ -104,6 +113,8 @@ class Split:
     def _table(self, first: int, last: int) -> np.ndarray:
         try:
             return self._documents.begin([(first, last)])()[0]
+        except InputError:
+            raise
         except ValueError as error:
             raise self._unreadable("documents", error) from error
 
@@ -177,8 +188,9 @@ class Store:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens, from the store's own copy, or a copy of that."""
         record = self.manifest.tokenizer
-        folder = Path(storage.join(self.path, "tokenizer"))
-        if storage.is_remote(self.path):
+        if not storage.is_remote(self.path):
+            folder = Path(self.path, "tokenizer")
+        else:
             folder = self.cache.folder / "tokenizers" / record.hash
             for name in record.files:
                 self._copy(f"tokenizer/{name}", folder / name)
@@ -214,6 +226,7 @@ class Store:
             counts,
             self.manifest.settings.layout.shard_tokens,
             readers=readers,
+            identity=digest(self.manifest.files, f"{name}/"),
         )
 
     def verify(self, split: str | None = None) -> None:

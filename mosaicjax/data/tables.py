@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,10 @@ class Delta:
     def name(self) -> str:
         """See `Source`; with the version, which a store records, so that a build ends with what it began."""
         return f"{self.path}@v{self._table.version()}"
+
+    def pinned(self) -> Delta:
+        """Return the table at the version that was found, whatever is written to it later."""
+        return replace(self, version=self._table.version())
 
     @property
     def size_bytes(self) -> int:

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -151,8 +152,10 @@ def test_tokens_are_stored_as_they_are(
 
 
 def test_tokens_that_cannot_be_are_refused(tmp_path, tokenizer):
+    numbers = itertools.count()
+
     def refused(value, encoding, field="ids"):
-        folder = tmp_path / "in" / f"{encoding}-{field.count(':')}-{str(value)[:3]}"
+        folder = tmp_path / "in" / str(next(numbers))
         mds_writer.write(folder, {"ids": encoding}, [{"ids": value}], 3)
         with pytest.raises(InputError) as said:
             options = {"workers": 1, "progress": False}
@@ -161,6 +164,8 @@ def test_tokens_that_cannot_be_are_refused(tmp_path, tokenizer):
 
     big = np.array([3, 512, 4], np.int32)
     assert "tokens of another tokenizer; expected ids below 512" in refused(big, "ndarray")
+    padded = np.array([5, 100, 7, -1], np.int32)
+    assert "got -1" in refused(padded, "ndarray")
     assert "got -2" in refused(np.array([1, -2], np.int32), "ndarray")
     assert "holds no tokens; expected integers, [tokens]; got float64 [2]" in refused(np.ones(2), "ndarray")
     assert "holds bytes; expected text or tokens; fix: --field NAME:DTYPE" in refused(b"123", "bytes")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mosaicjax.data.arrays import CHUNK_TOKENS, shard_file, token_dtype
 from mosaicjax.data.build import build
-from mosaicjax.data.manifest import Layout
+from mosaicjax.data.fim import FillInMiddle
+from mosaicjax.data.manifest import Layout, structure, write_json
 from mosaicjax.data.store import Store
 from mosaicjax.errors import InputError
 
@@ -97,6 +98,13 @@ def test_manifest_leaves_out_what_is_not_used(built):
     assert settings["seed"] == 0 and settings["include"] == []
     # Versions that know neither read the store all the same.
     assert not settings.keys() & {"fim", "filters", "drop_duplicates"}
+
+
+def test_manifest_keeps_what_is_empty_on_purpose(tmp_path):
+    """No suffix first, where half is the default."""
+    write_json(tmp_path / "fim.json", FillInMiddle(0.5, 0.0, ("a", "b", "c")))
+    text = (tmp_path / "fim.json").read_text()
+    assert structure(json.loads(text), FillInMiddle, tmp_path) == FillInMiddle(0.5, 0.0, ("a", "b", "c"))
 
 
 def test_store_has_its_own_tokenizer(built, tokenizer):
