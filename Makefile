@@ -48,7 +48,7 @@ $(INSTALLED): pyproject.toml $(LOCKED)
 	touch $@
 
 test: $(INSTALLED)
-	$(PY) -m pytest -m "not slow and not peer and not soak" -n $(WORKERS) --dist loadgroup
+	$(PY) -m pytest -m "not slow and not peer and not soak" -n $(WORKERS)
 
 # Large, and of no use but to compare with: in no lock. A CPU build of PyTorch, where pip can find one, will do.
 peers: $(INSTALLED)
@@ -56,7 +56,7 @@ peers: $(INSTALLED)
 
 # pytest exits with 5 when a marker selects nothing, which is no failure of this tier.
 test-slow: $(INSTALLED)
-	$(PY) -m pytest -m "(slow or peer) and not soak" -n $(WORKERS) --dist loadgroup || test $$? -eq 5
+	$(PY) -m pytest -m "(slow or peer) and not soak" -n $(WORKERS) || test $$? -eq 5
 
 gate: $(INSTALLED)
 	$(PY) benchmarks/gate.py

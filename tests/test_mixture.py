@@ -16,9 +16,6 @@ from mosaicjax.run import open_data
 from tests import tiny
 from tests.models import forward
 
-pytestmark = pytest.mark.xdist_group("mixture")
-"""One worker makes what these share."""
-
 MIXTURE = "Mixture((Domain('prose', {first!r}, 3.0), Domain('numbers', {second!r}, 1.0)){more})"
 
 

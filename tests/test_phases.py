@@ -15,9 +15,6 @@ from mosaicjax.run import open_data
 from mosaicjax.step import Step
 from tests import stepping, tiny
 
-pytestmark = pytest.mark.xdist_group("phases")
-"""One worker makes what these share."""
-
 STEPS = 14
 BEFORE = "from mosaicjax.data.mixture import Domain, Mixture, TokenStore\nfrom mosaicjax.recipe import Later"
 PHASES = (
@@ -44,6 +41,7 @@ def phased(tiny_store, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_each_step_is_that_of_its_phase(phased):
     recipe = recipe_file.load(str(phased / "phased.py")).recipe
     stream, layout = open_data(recipe).stream, recipe.mesh.build(jax.devices())
@@ -104,7 +102,7 @@ def test_a_store_by_another_name_goes_on_where_it_stood(tiny_store, tmp_path):
         assert len(set(found.digests)) == 1
 
 
-def test_what_cannot_be_is_refused(phased, tiny_store, tmp_path):
+def test_what_cannot_be_is_refused(tiny_store, tmp_path):
     for number, (phases, said) in enumerate(
         {
             "(Later(0, seq=16),)": "steps of the recipe's phases; expected increasing, from 1 on; got .0.",

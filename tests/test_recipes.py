@@ -283,8 +283,14 @@ def store(tmp_path_factory) -> Path:
     return folder / "store"
 
 
+# Those that another of their family stands for here.
+STOOD_FOR = {"mpt_7b", "pythia_2_8b", "replit_code_3b"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in STOOD_FOR)) for name in NAMES]
+)
 def test_two_steps_of_a_narrow_and_shallow_one(name, store, tmp_path):
     """Vocabulary, norms, positions, init, experts, optimizer, methods, dtypes and loss are the recipe's.
 

@@ -15,9 +15,6 @@ from mosaicjax.errors import InputError
 from mosaicjax.spikes import Ignore, RollBack, Stop
 from tests import tiny
 
-pytestmark = pytest.mark.xdist_group("spikes")
-"""One worker makes what these share."""
-
 WINDOW = 6
 STEPS = 24
 

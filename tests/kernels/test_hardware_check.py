@@ -249,8 +249,8 @@ def test_cases_cover_the_grid_and_keep_their_features_when_small():
             assert [size > 0 for size in small.sizes] == [size > 0 for size in case.sizes]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_all_cases_interpreted(dtype, tmp_path):
     out = tmp_path / "out.json"
     assert check.main(["--interpret", "--out", str(out), "--only", f" {dtype} "]) == 0

@@ -9,7 +9,6 @@ from tests.plan.planned import planned
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("directions"),
     pytest.mark.skipif(not compiler_there(), reason="libtpu, the TPU compiler, is not installed"),
 ]
 
