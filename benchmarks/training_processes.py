@@ -22,7 +22,7 @@ import numpy as np
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe
 from mosaicjax.recipe_file import load
-from mosaicjax.run import open_data
+from mosaicjax.run_data import open_data
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "recipes/mpt_125m.py"

@@ -26,7 +26,8 @@ from mosaicjax.recipe_file import Loaded, from_run
 from mosaicjax.report.curve import draw_curve
 from mosaicjax.report.live import LiveLine, format_count
 from mosaicjax.report.summary import SUMMARY, summary_line, write_summary
-from mosaicjax.run import chips_text, epochs, open_data, prepare
+from mosaicjax.run import chips_text, epochs, prepare
+from mosaicjax.run_data import open_data
 from mosaicjax.train import Profile, Run, train
 
 SAMPLE_TOKENS = 120

@@ -15,7 +15,7 @@ from mosaicjax.models import flops
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe
 from mosaicjax.report.live import format_count
-from mosaicjax.run import open_data
+from mosaicjax.run_data import open_data
 from mosaicjax.step import Step
 
 GIB = 2**30
@@ -38,7 +38,7 @@ def show(recipe: Recipe, devices: int) -> Iterator[str]:
     """The lines of `mosaicjax show`; opens the recipe's data last.
 
     Raises:
-        InputError: as `described` and `run.open_data`.
+        InputError: as `described` and `run_data.open_data`.
     """
     step = described(recipe, devices)
     yield from weights_table(step)

@@ -15,7 +15,7 @@ def main() -> None:
 
     from mosaicjax.feed import Feed
     from mosaicjax.mesh import Mesh
-    from mosaicjax.run import open_data
+    from mosaicjax.run_data import open_data
     from mosaicjax.step import Step
 
     recipe = recipe_file.load(path).recipe

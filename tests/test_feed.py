@@ -12,7 +12,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.feed import AHEAD, Feed
 from mosaicjax.mesh import Mesh
 from mosaicjax.program import Phase
-from mosaicjax.run import open_data
+from mosaicjax.run_data import open_data
 from mosaicjax.step import Step
 from tests import jobs
 

@@ -12,7 +12,7 @@ from mosaicjax.data.mixture import By, Rows
 from mosaicjax.data.store import Store
 from mosaicjax.errors import InputError
 from mosaicjax.models import llama, mpt
-from mosaicjax.run import open_data
+from mosaicjax.run_data import open_data
 from tests import tiny
 from tests.models import forward
 

@@ -11,7 +11,7 @@ import pytest
 
 from mosaicjax import recipe_file
 from mosaicjax.errors import InputError
-from mosaicjax.run import open_data
+from mosaicjax.run_data import open_data
 from mosaicjax.step import Step
 from tests import stepping, tiny
 

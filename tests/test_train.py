@@ -154,7 +154,7 @@ def leaves(tree, prefix=""):
 
 
 def first_batch(recipe):
-    from mosaicjax.run import open_data
+    from mosaicjax.run_data import open_data
 
     return open_data(recipe).stream.rows(0, range(recipe.batch))
 

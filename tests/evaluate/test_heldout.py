@@ -11,7 +11,7 @@ from mosaicjax import recipe_file
 from mosaicjax.errors import InputError
 from mosaicjax.evaluate.heldout import Evaluator
 from mosaicjax.mesh import Mesh, shardings
-from mosaicjax.run import open_data
+from mosaicjax.run_data import open_data
 from tests import tiny
 from tests.models import oracle
 

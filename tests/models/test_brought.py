@@ -15,7 +15,7 @@ from mosaicjax.mesh import Mesh
 from mosaicjax.models import flops
 from mosaicjax.models.brought import NnxModel
 from mosaicjax.program import Phase
-from mosaicjax.run import open_data
+from mosaicjax.run_data import open_data
 from mosaicjax.step import Step
 from tests import stepping, tiny
 from tests.models import forward

@@ -1,0 +1,118 @@
+"""The token stores of a recipe, opened: the stream of each phase, and the held-out rows."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mosaicjax.data import mixture
+from mosaicjax.data.packing import Packing
+from mosaicjax.data.phased import Phased, taken_before
+from mosaicjax.data.rows import Contiguous, Packed, SplitRows
+from mosaicjax.data.store import Store, digest
+from mosaicjax.data.stream import Drawn, HeldOut, Stream
+from mosaicjax.data.tokenizer import Tokenizer
+from mosaicjax.errors import InputError
+from mosaicjax.recipe import Recipe, check_vocabulary
+
+MANY_DOCUMENTS = 2**20
+"""How so many documents or more are packed is kept on this machine: it takes seconds."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The token stores of a recipe, opened; `tokenizer` is that of all, `held_out` the last phase's."""
+
+    stores: tuple[Store, ...]
+    stream: Phased
+    held_out: HeldOut | None
+    digests: tuple[str, ...]
+    """Of the training tokens, up to each phase."""
+
+    @property
+    def digest(self) -> str:
+        """Of all training tokens."""
+        return self.digests[-1]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens."""
+        return self.stores[0].tokenizer
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Open and verify the recipe's stores, before any device starts.
+
+    Raises:
+        InputError: no store, a damaged shard, a tokenizer larger than the model's vocabulary, too few tokens.
+    """
+    phases = [recipe.in_phase(number) for number in range(len(recipe.phases) + 1)]
+    paths = list(dict.fromkeys(path for phase in phases for path in phase.data.stores().values()))
+    stores = {path: Store.open(path, verify=True) for path in paths}
+    first = stores[paths[0]].manifest.tokenizer
+    for path, store in stores.items():
+        record = store.manifest.tokenizer
+        check_vocabulary(recipe.model.build().dims["vocab"], record.size, path)
+        if (record.hash, record.separator) != (first.hash, first.separator):
+            raise InputError(
+                f"{path} was built with another tokenizer than {paths[0]}",
+                expected=f"{first.hash[:12]}, separator {first.separator_token!r}",
+                got=f"{record.hash[:12]}, separator {record.separator_token!r}",
+                fix="build it again with the other's",
+            )
+    streams: list[Stream] = []
+    for phase, begin in zip(phases, [0, *(later.step for later in recipe.phases)], strict=True):
+        streams.append(_stream(phase, stores, begin, streams))
+    last = phases[-1]
+    validation = {name: stores[path].split("validation") for name, path in last.data.stores().items()}
+    held_out = None
+    if any(split.counts.documents for split in validation.values()) or recipe.eval.every:
+        held_out = HeldOut(validation, separator=first.separator, seq=last.seq, isolate=last.data.isolate)
+    return Data(tuple(stores.values()), Phased(streams), held_out, _digests(phases, stores))
+
+
+def _digests(phases: Sequence[Recipe], stores: Mapping[str, Store]) -> tuple[str, ...]:
+    """Of the training tokens of each phase and those before it, wherever the stores lie."""
+    found, so_far = [], dict[tuple[str, ...], None]()
+    for phase in phases:
+        for path in phase.data.stores().values():
+            files = sorted(stores[path].manifest.files.items())
+            so_far[tuple(record.sha256 for name, record in files if name.startswith("train/"))] = None
+        joined = "".join(each for hashes in so_far for each in hashes)
+        found.append(hashlib.sha256(joined.encode()).hexdigest())
+    return tuple(found)
+
+
+def _stream(recipe: Recipe, stores: Mapping[str, Store], begin: int, before: Sequence[Stream]) -> Stream:
+    """The stream of a phase that begins at a data step, after those of the phases before it."""
+    paths = recipe.data.stores()
+    rows = {name: _rows(stores[path], recipe) for name, path in paths.items()}
+    weights = recipe.data.weights([len(each) for each in rows.values()])
+    return Stream(
+        [Drawn(*each, weight) for each, weight in zip(rows.items(), weights, strict=True)],
+        separator=next(iter(stores.values())).manifest.tokenizer.separator,
+        seq=recipe.seq,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        skips=recipe.skips,
+        isolate=recipe.data.isolate,
+        first_step=begin,
+        taken={name: taken_before(name, each, begin, before) for name, each in rows.items()},
+    )
+
+
+def _rows(store: Store, recipe: Recipe) -> SplitRows:
+    split = store.split("train")
+    if recipe.data.rows is not mixture.Rows.BEST_FIT:
+        return Contiguous(split, recipe.seq)
+    if split.counts.documents < MANY_DOCUMENTS:
+        return Packed(Packing.of(split, recipe.seq))
+    try:
+        cache = store.cache
+    except InputError as error:
+        print(f"{error}; how documents are packed is not kept", file=sys.stderr, flush=True)
+        return Packed(Packing.of(split, recipe.seq))
+    name = digest(store.manifest.files, "train/documents/")
+    return Packed(Packing.kept(split, recipe.seq, cache, name))
