@@ -58,6 +58,15 @@ def test_what_is_kept_was_used_last(tmp_path_factory, uses, limit):
             assert what == "put" and sum(before.values()) + after[name] > limit
 
 
+def test_reading_a_block_is_using_it(tmp_path):
+    cache = DiskCache(Place(tmp_path, 3 * 1_004))
+    for name in ("x", "y", "z"):
+        cache.put(name, block(name, 1_000))
+    assert cache.get("x") == block("x", 1_000)
+    cache.put("w", block("w", 1_000))
+    assert "x" in held(tmp_path) and "y" not in held(tmp_path)
+
+
 @pytest.mark.parametrize("place", [0, 100, -1, -CHECKSUM, "cut", "empty"])
 def test_a_damaged_block_is_fetched_anew(tmp_path, place):
     cache = DiskCache(Place(tmp_path, 10_000))

@@ -19,11 +19,11 @@ SEQ = 4
 
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory, write_split):
-    """Two domains whose tokens tell where they are from: 0 to 999, and 1,000 to 2,499."""
+    """Two domains of 25 and 15 rows, so that epochs end within phases; tokens tell where they are from."""
     folder = tmp_path_factory.mktemp("domains")
     return {
-        "a": Contiguous(write_split(folder / "a", np.arange(1_001)), SEQ),
-        "b": Contiguous(write_split(folder / "b", 2_000 + np.arange(601)), SEQ),
+        "a": Contiguous(write_split(folder / "a", np.arange(101)), SEQ),
+        "b": Contiguous(write_split(folder / "b", 2_000 + np.arange(61)), SEQ),
     }
 
 
@@ -71,6 +71,16 @@ def test_domains_go_on_where_they_stood(domains, phases, skips, data):
         assert phased.rows(step, chosen)["tokens"].tolist() == [rows[row] for row in chosen]
     without = phased.skipping(())
     assert [without.phase(step) for step in range(len(expected))] == [number for number, _ in expected]
+
+
+def test_rows_of_another_length_go_on_at_the_same_share_of_the_epoch(domains):
+    before = stream_of(domains, {"a": 1}, 8)
+    longer = Contiguous(domains["a"].split, 2 * SEQ)
+    assert (len(domains["a"]), len(longer)) == (25, 12)
+    # 40 rows are an epoch and 15 of 25 rows: 12 rows, and of the next 12 the first 7.
+    assert taken_before("a", longer, 5, [before]) == 12 + 7
+    assert taken_before("a", domains["a"], 5, [before]) == 40
+    assert taken_before("b", domains["b"], 5, [before]) == 0
 
 
 @given(
