@@ -268,6 +268,11 @@ def check_writable(path: PathLike) -> None:
     remove_tree(probe)
 
 
+def s3_endpoint() -> str | None:
+    """The S3 server that the environment names, as AWS clients read it; None is Amazon's own."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
 def tensorstore_spec(path: PathLike) -> dict[str, Any]:
     """The TensorStore key-value store at a path, as JSON.
 
@@ -289,7 +294,7 @@ def tensorstore_spec(path: PathLike) -> dict[str, Any]:
     if kind != "s3":
         return {"driver": "gcs", "bucket": bucket, "path": key}
     spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = s3_endpoint()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:
         # A server other than Amazon's need not answer the request by which TensorStore finds the region.
@@ -351,7 +356,7 @@ def refusal(action: str, path: PathLike) -> Iterator[None]:
     except failures(path) as error:
         hint = None
         if is_remote(path):
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            endpoint = s3_endpoint()
             at = f" at {endpoint}" if scheme(path) == "s3" and endpoint else ""
             hint = f"check that the bucket exists{at} and that credentials for it are set"
         raise InputError(f"cannot {action} {os.fspath(path)}: {one_line(error)}", fix=hint) from error
@@ -374,8 +379,12 @@ def _import_filesystem(path: PathLike) -> Any:
 
 
 def _filesystem(path: PathLike) -> Any:
+    options = {}
+    if scheme(path) == "s3" and s3_endpoint():
+        # fsspec keeps one instance for like options: an endpoint from the environment is not among them.
+        options["endpoint_url"] = s3_endpoint()
     # Other processes write to the same place; a remembered listing would hide their files.
-    return _import_filesystem(path)(scheme(path), use_listings_cache=False)
+    return _import_filesystem(path)(scheme(path), use_listings_cache=False, **options)
 
 
 def _open(path: PathLike, mode: str) -> Any:

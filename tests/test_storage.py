@@ -97,6 +97,22 @@ def test_copy_between_stores(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "new")) == ["back"]
 
 
+def test_a_process_that_turns_to_another_server(monkeypatch):
+    """The endpoint of the environment counts at every call; the file system of the first is not kept."""
+    root = object_store.new_bucket(monkeypatch)
+    storage.write_bytes(root + "/a", b"first")
+    other = object_store.serve()
+    host, port = other.get_host_and_port()
+    # Servers of one process share what they hold: only requests that reach the second are counted.
+    app, paths = other._server.app, []
+    other._server.app = lambda environ, answer: paths.append(environ["PATH_INFO"]) or app(environ, answer)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        assert storage.read_bytes(root + "/a") == b"first" and paths
+    object_store.stop(other)
+    assert storage.read_bytes(root + "/a") == b"first"
+
+
 def test_local_write_is_never_seen_in_part(tmp_path):
     path = tmp_path / "state.json"
     versions = {str(digit) * 100_000 for digit in range(4)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -78,7 +77,7 @@ class Delta:
     @property
     def _options(self) -> dict[str, str]:
         """Of an object store, beyond what deltalake takes from the environment as others do."""
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        endpoint = storage.s3_endpoint()
         if storage.scheme(self.path) != "s3" or not endpoint:
             return {}
         return {"aws_endpoint_url": endpoint, "aws_allow_http": str(endpoint.startswith("http:")).lower()}
