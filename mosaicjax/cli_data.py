@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
 from mosaicjax.errors import InputError
+
+Choice = TypeVar("Choice", bound=Enum)
 
 
 def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
@@ -48,6 +51,18 @@ def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
     )
     build.add_argument("--drop-duplicates", action="store_true", help="keep one document of each text")
     build.add_argument(
+        "--template",
+        default="",
+        metavar="NAME|FILE",
+        help="rows are conversations: plain, dolly, alpaca, chatml, llama3, tokenizer (its own), or a file",
+    )
+    build.add_argument(
+        "--format", default="auto", help="of their rows: prompt, instruction, messages or sharegpt"
+    )
+    build.add_argument(
+        "--loss-on", default="response", help="or last (the last response alone), or all (every token)"
+    )
+    build.add_argument(
         "--fim", type=float, default=0.0, metavar="RATE", help="share reordered for fill-in-the-middle"
     )
     build.add_argument(
@@ -75,22 +90,29 @@ def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
 def _data_build(options: argparse.Namespace) -> int:
     from mosaicjax.data import filters
     from mosaicjax.data.build import Engines, build
+    from mosaicjax.data.chat import Chat, LossOn
+    from mosaicjax.data.conversations import Format
     from mosaicjax.data.fim import FillInMiddle
+    from mosaicjax.data.tokenizer import load_tokenizer
 
     if options.filter:
         # As `python` itself does, and the console script does not; worker processes get the same path.
         sys.path.insert(0, os.getcwd())
-    names = [each.value for each in Engines]
-    if options.engine not in names:
-        raise InputError("no such engine", expected=" or ".join(names), got=options.engine)
-    engine = Engines(options.engine)
+    engine = _chosen(Engines, options.engine, "engine")
+    loss_on = _chosen(LossOn, options.loss_on, "--loss-on")
+    format_ = _chosen(Format, options.format, "--format")
+    tokenizer, chat = load_tokenizer(options.tokenizer), None
+    if options.template:
+        chat = Chat.of(options.template, tokenizer, format_=format_, loss_on=loss_on)
+    elif loss_on is not LossOn.RESPONSE or format_ is not Format.AUTO:
+        raise InputError("--format and --loss-on are of conversations", fix="--template, such as plain")
     tokens = tuple(options.fim_tokens.split(",")) if options.fim_tokens else ()
     if tokens and not options.fim:
         raise InputError("--fim-tokens without --fim", fix="--fim RATE, such as 0.5")
     manifest = build(
         options.sources,
         options.out,
-        tokenizer=options.tokenizer,
+        tokenizer=tokenizer,
         held_out=options.held_out,
         seed=options.seed,
         workers=options.workers,
@@ -101,6 +123,7 @@ def _data_build(options: argparse.Namespace) -> int:
         filters=filters.find(options.filter),
         drop_duplicates=options.drop_duplicates,
         engine=engine,
+        chat=chat,
     )
     for name, counts in manifest.splits.items():
         print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")
@@ -112,6 +135,13 @@ def _data_build(options: argparse.Namespace) -> int:
     if manifest.skipped:
         print("left out: " + ", ".join(f"{count:,} {why}" for why, count in manifest.skipped.items()))
     return 0
+
+
+def _chosen(kind: type[Choice], value: str, what: str) -> Choice:
+    names = [each.value for each in kind]
+    if value not in names:
+        raise InputError(f"no such {what}", expected=" or ".join(names), got=value)
+    return kind(value)
 
 
 def _data_tokenizer(options: argparse.Namespace) -> int:

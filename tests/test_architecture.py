@@ -57,6 +57,7 @@ OUTSIDE = ("tests", "recipes", "benchmarks")
 LAZY = {
     "datasets",
     "deltalake",
+    "jinja2",
     "matplotlib",
     "moto",
     "pyarrow",

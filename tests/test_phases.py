@@ -67,6 +67,7 @@ def test_each_step_is_that_of_its_phase(phased):
     assert sum(rows[-1][f"step_tokens/{name}"] for name in ("one", "two")) == 8 * 16
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_the_last_phases(phased):
     """At every step over rows of the last phase: those of a run of that phase's recipe alone."""
     recipe = recipe_file.load(str(phased / "phased.py")).recipe
@@ -78,6 +79,7 @@ def test_held_out_loss_is_the_last_phases(phased):
     assert found[-1]["loss/one"] == pytest.approx(found[-1]["loss/two"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_goes_to_json_and_back(phased):
     recipe = recipe_file.load(str(phased / "phased.py")).recipe
     assert recipe_file.from_run(str(phased / "run")).recipe == recipe

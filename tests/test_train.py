@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -112,6 +113,38 @@ def test_init_from_takes_the_weights_alone(continued, tiny_run, tiny_recipe, tin
     assert counts and all(count == 1 for count in counts) and arrays["step"] == 1
 
 
+def test_prompts_bear_no_loss(tiny_run, tiny_store, tmp_path, capsys):
+    """From rows of prompt and response to a run's loss and its tokens."""
+    lines = (tiny_store.parent / "documents.jsonl").read_text().splitlines()
+    documents = [json.loads(line)["text"] for line in lines]
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w") as file:
+        for text in documents:
+            file.write(
+                json.dumps({"prompt": text[: len(text) // 2], "response": text[len(text) // 2 :]}) + "\n"
+            )
+    store, tokenizer = tmp_path / "store", tiny_store.parent / "tokenizer"
+    build = ("data", "build", rows, "--out", store, "--tokenizer", tokenizer, "--held-out", 0.1)
+    assert tiny.run(*build, "--format", "prompt") == 2
+    assert "--format and --loss-on are of conversations; fix: --template" in capsys.readouterr().err
+    assert tiny.run(*build, "--template", "plain", "--loss-on", "answer") == 2
+    assert "no such --loss-on; expected response or last or all; got answer" in capsys.readouterr().err
+    assert tiny.run(*build, "--template", "plain") == 0
+    assert tiny.run("data", "inspect", store) == 0
+    share = float(re.search(r"tokens that bear loss: [\d,]+, ([\d.]+)%", capsys.readouterr().out)[1])
+    recipe, out = tiny.write_recipe(tmp_path / "masked.py", store), tmp_path / "run"
+    tiny.train(recipe, out, "--init-from", tiny_run, "--steps", 1, "--eval.every", 1)
+    (row,) = tiny.metrics(out)
+    recipe = recipe_file.from_run(str(out)).recipe
+    batch = first_batch(recipe)
+    assert row["tokens"] == batch["weights"].sum() and 40 < share < 65
+    assert abs(row["tokens"] / 256 - share / 100) < 0.1
+    expected = naive_loss(recipe.model, tiny.weights(tiny_run, 6), batch)
+    assert row["loss"] == pytest.approx(expected, rel=RELATIVE)
+    everywhere = naive_loss(recipe.model, tiny.weights(tiny_run, 6), batch | {"weights": np.ones((8, 32))})
+    assert row["loss"] != pytest.approx(everywhere, rel=1e-3)
+
+
 def test_norms_are_those_of_a_naive_gradient(continued, tiny_run):
     (row,) = tiny.metrics(continued)
     recipe = recipe_file.from_run(str(continued)).recipe
@@ -162,7 +195,7 @@ def first_batch(recipe):
 @pytest.mark.parametrize(
     "mesh",
     [
-        ("--mesh.fsdp", 2, 2, "--mesh.tensor", 2),
+        pytest.param(("--mesh.fsdp", 2, 2, "--mesh.tensor", 2), marks=pytest.mark.slow),
         ("--mesh.data", 2, "--mesh.fsdp", 4, "--mesh.gather", "explicit", "--microbatch", 8),
     ],
     ids=["2 x 2 x tensor 2", "data 2 x fsdp 4, explicit"],

@@ -13,6 +13,10 @@ import numpy as np
 
 from mosaicjax import storage
 
+TOKENS, DOCUMENTS = "tokens", "documents"
+"""The arrays of a split."""
+LOSS = "loss"
+"""Where not every token bears loss: 1 for those that do, as long as the tokens."""
 CHUNK_TOKENS = 65_536
 CHUNK_DOCUMENTS = 8_192
 SHARD_DOCUMENTS = 2**20

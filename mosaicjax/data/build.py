@@ -25,6 +25,7 @@ from pathlib import Path
 
 from mosaicjax import storage
 from mosaicjax.data.arrays import CHUNK_TOKENS, token_dtype
+from mosaicjax.data.chat import Chat
 from mosaicjax.data.documents import Documents, open_sources
 from mosaicjax.data.filters import Filter, described
 from mosaicjax.data.fim import PSM, SPM, FillInMiddle
@@ -84,6 +85,7 @@ def build(
     filters: Sequence[Filter] = (),
     drop_duplicates: bool = False,
     engine: Engines = Engines.CORES,
+    chat: Chat | None = None,
 ) -> Manifest:
     """Build the token store `out` from documents, or finish the build that was stopped there.
 
@@ -91,7 +93,8 @@ def build(
     however often the build was killed. A finished store of the same settings is left as it is. `fim` reorders
     a share of the training documents for fill-in-the-middle. `filters` are functions of a document's text, of
     modules that worker processes can import, true for what to keep. `drop_duplicates` keeps one document of
-    each text. `engine` decides nothing about the store.
+    each text. `engine` decides nothing about the store. With `chat` rows are conversations, of which some
+    tokens bear loss.
 
     Raises: InputError for sources, a tokenizer or filters that cannot be used, a directory that holds
         something else, was begun with other settings or is being built by another process, and sources that
@@ -110,7 +113,9 @@ def build(
     _check_outside(out, sources)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
-    documents = open_sources(sources, include=include, exclude=exclude, field=field)
+    if chat is not None and fim and fim.rate:
+        raise InputError("fill-in-the-middle of conversations", expected="text", fix="a build without --fim")
+    documents = open_sources(sources, include=include, exclude=exclude, field=field, rows=chat)
     settings = Settings(
         sources=documents.given,
         source_files=len(documents.sources),
@@ -126,6 +131,7 @@ def build(
         fim=fim.resolve(tokenizer) if fim and fim.rate else None,
         filters=described(filters),
         drop_duplicates=drop_duplicates,
+        chat=chat,
     )
     with _held(out):
         if (out / NAME).exists():
@@ -203,6 +209,7 @@ def _finish(
         characters=settings.layout.part_characters,
         fim=settings.fim,
         filters=filters,
+        masked=settings.masked,
     )
     part_settings.folder.mkdir(exist_ok=True)
     parts = tokenise(documents, part_settings, engine=engine, progress=progress)
@@ -218,7 +225,14 @@ def _finish(
     files = {path: record_file(path) for path in sorted((out / "tokenizer").iterdir())}
     for split, table in tables.items():
         files |= {path: record_file(path) for path in write_documents(out / split / "documents", table)}
-    writer = ShardWriter(out, out / WORK / "shards", tokenizer.separator, dtype, settings.layout.shard_tokens)
+    writer = ShardWriter(
+        out,
+        out / WORK / "shards",
+        tokenizer.separator,
+        dtype,
+        settings.layout.shard_tokens,
+        masked=settings.masked,
+    )
     files |= writer.write(tables, parts, engine=engine, progress=progress)
     _make_durable(files)
     manifest = Manifest(

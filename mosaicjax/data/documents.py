@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from mosaicjax import storage
 from mosaicjax.data.mds import INDEX
-from mosaicjax.data.sources import JSON_LINES, Document, JsonLines, Source, TextFile
+from mosaicjax.data.sources import JSON_LINES, Document, JsonLines, Rows, Source, TextFile, Texts
 from mosaicjax.data.tables import DELTA_LOG, HUGGING_FACE, Delta, HuggingFace, MdsFolder, Parquet
 from mosaicjax.errors import InputError
 
@@ -109,13 +109,14 @@ def open_sources(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     field: str = "text",
+    rows: Rows | None = None,
 ) -> Documents:
     """Open sources as one sequence of documents, here or on `s3://` or `gs://`.
 
     Text files, JSON lines (`.jsonl`, or with .gz, .xz, .zst) and `.parquet` files; folders of them; Delta
     tables, `TABLE` or `TABLE@v7` for a version of it; folders of MDS shards; `hf:NAME` for a Hugging Face
     dataset. `field` names the text of rows; of MDS shards also a column of tokens (`NAME:DTYPE` for one
-    of plain bytes), whose samples are cut at the separator.
+    of plain bytes), whose samples are cut at the separator. `rows` makes something else of them.
 
     A folder is read recursively in sorted order: every file with an extension of `TEXT_EXTENSIONS`, or those
     that match a glob of `include` where there is one (the way to read rows in a folder:
@@ -130,22 +131,22 @@ def open_sources(
     given: list[str] = []
     left_out: Counter[str] = Counter()
     for path in map(str, paths):
-        mine = tuple(_opened(path, include, exclude, field, left_out))
+        mine = tuple(_opened(path, include, exclude, rows or Texts(field), left_out))
         sources += mine
         given.append(mine[0].name if mine and isinstance(mine[0], Delta) else path)
     return Documents(tuple(sources), tuple(given), left_out)
 
 
 def _opened(
-    path: str, include: Sequence[str], exclude: Sequence[str], field: str, left_out: Counter[str]
+    path: str, include: Sequence[str], exclude: Sequence[str], rows: Rows, left_out: Counter[str]
 ) -> Iterator[Source]:
     if path.startswith(HUGGING_FACE):
-        yield HuggingFace(path.removeprefix(HUGGING_FACE), field)
+        yield HuggingFace(path.removeprefix(HUGGING_FACE), rows)
         return
     table, version = _versioned(path)
     if version is not None or storage.exists(storage.join(table, DELTA_LOG)):
-        yield Delta(table, version, field)
-    elif (one := _of_name(path, field, named=True)) and not _is_folder(path):
+        yield Delta(table, version, rows)
+    elif (one := _of_name(path, rows, named=True)) and not _is_folder(path):
         if not storage.exists(path):
             raise InputError(f"source {path} does not exist")
         yield one
@@ -158,22 +159,26 @@ def _opened(
             got=PurePosixPath(path).suffix or "no extension",
         )
     elif _holds_shards(path):
-        yield MdsFolder(path, field)
+        yield MdsFolder(path, rows)
     else:
         walk = _walk_remote if storage.is_remote(path) else _walk
         for name in walk(path, include, exclude, left_out):
-            yield _of_name(name, field, named=False) or TextFile(name, named=False)
+            yield _of_name(name, rows, named=False) or TextFile(name, named=False)
 
 
-def _of_name(path: str, field: str, *, named: bool) -> Source | None:
+def _of_name(path: str, rows: Rows, *, named: bool) -> Source | None:
     """What reads a file, by its name."""
     if path.endswith(JSON_LINES):
-        return JsonLines(path, field)
+        return JsonLines(path, rows)
     if path.endswith(".parquet"):
-        return Parquet(path, field)
-    if PurePosixPath(path).suffix.lower() in TEXT_EXTENSIONS:
-        return TextFile(path, named)
-    return None
+        return Parquet(path, rows)
+    if PurePosixPath(path).suffix.lower() not in TEXT_EXTENSIONS:
+        return None
+    if not isinstance(rows, Texts):
+        raise InputError(
+            f"{path} holds no rows", expected=".jsonl (.gz, .xz, .zst), .parquet, a table or MDS"
+        )
+    return TextFile(path, named)
 
 
 def _versioned(path: str) -> tuple[str, int | None]:

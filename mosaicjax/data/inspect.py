@@ -70,6 +70,9 @@ def inspect(
         half, most = (f"{value:,.0f}" for value in np.percentile(lengths, (50, 99)))
         yield f"  tokens a document: mean {lengths.mean():,.1f}, half below {half}, 99% below {most}"
         yield from bars(found[path])
+        if part.masked:
+            bearing = learned(part)
+            yield f"  tokens that bear loss: {bearing:,}, {bearing / len(part):.1%}"
         copies, of_texts = duplicates(part)
         yield f"  duplicates: {copies:,} documents are copies, of {of_texts:,} texts"
         # Evenly spaced, so that those of a large store are of all of it.
@@ -128,6 +131,15 @@ def duplicates(split: Split, *, block: int = BLOCK_TOKENS) -> tuple[int, int]:
         first = last
     repeated = [count for count in seen.values() if count > 1]
     return sum(repeated) - len(repeated), len(repeated)
+
+
+def learned(split: Split, *, block: int = BLOCK_TOKENS) -> int:
+    """How many tokens bear loss; all are read, some `block` at a time.
+
+    Raises: InputError naming a damaged shard.
+    """
+    firsts = range(0, len(split), block)
+    return sum(int(split.read_loss([(at, min(at + block, len(split)))])()[0].sum()) for at in firsts)
 
 
 def text(store: Store, split: Split, first: int, last: int) -> Iterator[str]:

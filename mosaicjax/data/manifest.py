@@ -7,10 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mosaicjax import storage
+from mosaicjax.data.chat import Chat, LossOn
 from mosaicjax.data.fim import FillInMiddle
 from mosaicjax.errors import InputError
 
@@ -51,6 +53,12 @@ class Settings:
     fim: FillInMiddle | None = None
     filters: tuple[str, ...] = ()
     drop_duplicates: bool = False
+    chat: Chat | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are tokens that bear no loss."""
+        return self.chat is not None and self.chat.loss_on is not LossOn.ALL
 
     def check_same(self, other: Settings, place: Path) -> None:
         """Refuse to go on with other settings than those a directory was begun with.
@@ -184,9 +192,11 @@ def without_empty(contents: Any) -> Any:
         return [without_empty(each) for each in contents]
     if isinstance(contents, Mapping):
         return {name: without_empty(value) for name, value in contents.items()}
+    if isinstance(contents, Enum):
+        return contents.value
     if not is_dataclass(contents):
         return contents
-    written = {}
+    written: dict[str, Any] = {}
     for each in fields(contents):
         value = getattr(contents, each.name)
         default = each.default if each.default_factory is MISSING else each.default_factory()

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from mosaicjax.data import fim
 from mosaicjax.data.documents import Documents, documents_of
 from mosaicjax.data.filters import Filter, first_against
+from mosaicjax.data.loss_mask import encode_marked
+from mosaicjax.data.marked import Marked
 from mosaicjax.data.sources import Content, Source
 from mosaicjax.data.split import is_held_out
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -58,6 +60,8 @@ class PartSettings:
     characters: int
     fim: fim.FillInMiddle | None = None
     filters: tuple[Filter, ...] = ()
+    masked: bool = False
+    """Whether it is written down which tokens bear loss."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class Part:
         return self.settings.folder / f"{self.number:07d}.tokens"
 
     @property
+    def mask(self) -> Path:
+        """The file that says which of the spill's tokens bear loss, a byte each."""
+        return mask_of(self.spill)
+
+    @property
     def index(self) -> Path:
         """The file that says where each document lies in the spill, named after the texts' own digest.
 
@@ -82,10 +91,15 @@ class Part:
         """
         state = hashlib.blake2b(digest_size=12)
         for content in self.contents:
-            data = content.encode() if isinstance(content, str) else content.tobytes()
+            data = content.tobytes() if isinstance(content, np.ndarray) else content.encode()
             state.update(len(data).to_bytes(8, "little"))
             state.update(data)
         return self.settings.folder / f"{self.number:07d}-{state.hexdigest()}.npy"
+
+
+def mask_of(spill: Path) -> Path:
+    """The file of a spill's loss mask."""
+    return spill.with_suffix(".loss")
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,7 @@ def count_documents(group: Group) -> tuple[int, Counter[str]]:
     """How many documents some sources hold, and what was left out of them."""
     skipped: Counter[str] = Counter()
     contents = (document.content for document in documents_of(group.sources, skipped))
-    count = sum(1 if isinstance(each, str) else len(cut(each, group.settings)) for each in contents)
+    count = sum(len(cut(each, group.settings)) if isinstance(each, np.ndarray) else 1 for each in contents)
     return count, skipped
 
 
@@ -199,15 +213,20 @@ def tokenise_part(part: Part) -> Tokenised:
     """Tokenise a part into its spill file, sorted by split and key, and then write its index."""
     settings = part.settings
     tokenizer = _tokenizer(settings.tokenizer, settings.separator_token)
-    every = [each if isinstance(each, str) else tokenizer.decode(each.tolist()) for each in part.contents]
+    every = [_text(each, tokenizer) for each in part.contents]
     against = [first_against(settings.filters, text) for text in every]
     kept = [i for i, number in enumerate(against) if not number]
     texts = tuple(every[i] for i in kept)
     held_out = [is_held_out(text, settings.held_out) for text in texts]
     kinds = [fim.PLAIN] * len(texts)
     encoded: Sequence[Any]
-    if settings.fim is None:
-        given = [part.contents[i] for i in kept]
+    masks: dict[int, np.ndarray] = {}
+    given = [part.contents[i] for i in kept]
+    if given and isinstance(given[0], Marked):
+        both = list(encode_marked([each for each in given if isinstance(each, Marked)], tokenizer))
+        encoded = [ids for ids, _ in both]
+        masks = {i: bears for i, (_, bears) in zip(kept, both, strict=True)}
+    elif settings.fim is None:
         made = iter(tokenizer.encode_batch([each for each in given if isinstance(each, str)]))
         encoded = [next(made) if isinstance(each, str) else each for each in given]
     else:
@@ -227,9 +246,20 @@ def tokenise_part(part: Part) -> Tokenised:
         for i in order:
             if i in rows:
                 rows[i].tofile(file)
+    if settings.masked:
+        with _whole(part.mask) as file:
+            for i in order:
+                if i in masks:
+                    masks[i].tofile(file)
     with _whole(path) as file:
         np.save(file, index[order])
     return _result(spill, path, index)
+
+
+def _text(content: Content, tokenizer: Tokenizer) -> str:
+    if isinstance(content, Marked):
+        return content.text
+    return content if isinstance(content, str) else tokenizer.decode(content.tolist())
 
 
 def as_array(ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -266,7 +296,7 @@ def _parts(
     held: list[Content] = []
     size = 0
     for content in contents:
-        for piece in [content] if isinstance(content, str) else cut(content, settings):
+        for piece in cut(content, settings) if isinstance(content, np.ndarray) else [content]:
             held.append(piece)
             size += len(piece)
         if size >= settings.characters:
@@ -311,6 +341,9 @@ def _finished(part: Part, path: Path | None) -> Tokenised | None:
     expected = int(index["tokens"].sum()) * np.dtype(part.settings.dtype).itemsize
     # a power cut may leave a file shorter than its name promises
     if not part.spill.exists() or part.spill.stat().st_size != expected:
+        return None
+    tokens = int(index["tokens"].sum())
+    if part.settings.masked and (not part.mask.exists() or part.mask.stat().st_size != tokens):
         return None
     return _result(part.spill, path, index)
 

@@ -32,6 +32,8 @@ class SplitRows(Protocol):
 
     per_place: int
     identity: str
+    masked: bool
+    """Whether there are targets that bear no loss."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -64,7 +66,7 @@ class Contiguous:
                 fix="more documents, or a shorter sequence",
             )
         self.split, self.seq, self.identity = split, seq, split.identity
-        self.per_place = PLACE_TOKENS // seq
+        self.per_place, self.masked = PLACE_TOKENS // seq, split.masked
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -72,22 +74,26 @@ class Contiguous:
 
     def read(self, spans: Sequence[tuple[int, int]]) -> Callable[[], list[Held]]:
         """See `SplitRows.read`."""
-        wait = self.split.read([(first * self.seq, last * self.seq + 1) for first, last in spans])
+        places = [(first * self.seq, last * self.seq + 1) for first, last in spans]
+        wait, wait_loss = self.split.read(places), loss_of(self.split, places)
         return lambda: [
-            Windows(tokens, first, self.seq) for tokens, (first, _) in zip(wait(), spans, strict=True)
+            Windows(tokens, loss, first, self.seq)
+            for tokens, loss, (first, _) in zip(wait(), wait_loss(), spans, strict=True)
         ]
 
 
 class Windows:
     """Neighbouring tokens, as rows from number `first` on."""
 
-    def __init__(self, tokens: np.ndarray, first: int, seq: int) -> None:
-        self.tokens, self.first, self.seq = tokens, first, seq
+    def __init__(self, tokens: np.ndarray, loss: np.ndarray | None, first: int, seq: int) -> None:
+        self.tokens, self.loss, self.first, self.seq = tokens, loss, first, seq
 
     def copy(self, row: int, batch: Batch, to: int) -> None:
         """See `Held.copy`."""
         at = (row - self.first) * self.seq
         batch[WINDOWS][to] = self.tokens[at : at + self.seq + 1]
+        if self.loss is not None:
+            batch["weights"][to] = self.loss[at + 1 : at + self.seq + 1]
 
 
 class Packed:
@@ -95,7 +101,7 @@ class Packed:
 
     def __init__(self, packing: Packing) -> None:
         self.packing, self.identity = packing, packing.split.identity
-        self.per_place = REGION_TOKENS // packing.seq
+        self.per_place, self.masked = REGION_TOKENS // packing.seq, packing.split.masked
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -105,12 +111,13 @@ class Packed:
         """See `SplitRows.read`."""
         places = [(first, list(self.packing.pieces(first, last))) for first, last in spans]
         merged = [together(np.concatenate(rows)) for _, rows in places]
-        wait = self.packing.split.read([span for spans in merged for span in spans])
+        wanted = [span for spans in merged for span in spans]
+        wait, wait_loss = self.packing.split.read(wanted), loss_of(self.packing.split, wanted)
 
         def held() -> list[Held]:
-            tokens = iter(wait())
+            both = iter(zip(wait(), wait_loss(), strict=True))
             return [
-                Pieces([next(tokens) for _ in spans], np.array(spans), rows, first)
+                Pieces([next(both) for _ in spans], np.array(spans), rows, first)
                 for (first, rows), spans in zip(places, merged, strict=True)
             ]
 
@@ -121,9 +128,15 @@ class Pieces:
     """Rows of pieces, from number `first` on, and the tokens that they were cut from."""
 
     def __init__(
-        self, tokens: Sequence[np.ndarray], spans: np.ndarray, rows: list[np.ndarray], first: int
+        self,
+        read: Sequence[tuple[np.ndarray, np.ndarray | None]],
+        spans: np.ndarray,
+        rows: list[np.ndarray],
+        first: int,
     ) -> None:
-        self.tokens = np.concatenate(tokens)
+        self.tokens = np.concatenate([tokens for tokens, _ in read])
+        masks = [loss for _, loss in read if loss is not None]
+        self.loss = np.concatenate(masks) if masks else None
         before = np.cumsum(spans[:, 1] - spans[:, 0]) - (spans[:, 1] - spans[:, 0])
         self.rows = []
         for pieces in rows:
@@ -141,8 +154,13 @@ class Pieces:
             batch["targets"][to, place] = self.tokens[at + 1 : at + length + 1]
             batch["segments"][to, place] = segment
             batch["positions"][to, place] = np.arange(length)
-            batch["weights"][to, place] = 1.0
+            batch["weights"][to, place] = 1.0 if self.loss is None else self.loss[at + 1 : at + length + 1]
             begin += length
+
+
+def loss_of(split: Split, spans: Sequence[tuple[int, int]]) -> Callable[[], Sequence[np.ndarray | None]]:
+    """Begin to read which tokens of each span bear loss; None where all do."""
+    return split.read_loss(spans) if split.masked else lambda: [None] * len(spans)
 
 
 def together(pieces: np.ndarray) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +15,16 @@ from tqdm import tqdm
 from mosaicjax.data.arrays import (
     CHUNK_DOCUMENTS,
     CHUNK_TOKENS,
+    LOSS,
     SHARD_DOCUMENTS,
+    TOKENS,
     create_array,
     shard_file,
     write_shard_of,
     writing,
 )
 from mosaicjax.data.manifest import SPLITS, Counts, FileRecord, record_file, structure, write_json
-from mosaicjax.data.parts import Tokenised
+from mosaicjax.data.parts import Tokenised, mask_of
 from mosaicjax.data.workers import Engine
 
 
@@ -49,8 +52,11 @@ class Table:
         return Counts(len(self.part), int(self.tokens.sum()) + len(self.part) + 1, int(self.bytes.sum()))
 
     def overlapping(self, first: int, last: int) -> Table:
-        """Return the rows of the documents that have tokens between `first` and `last` of the store."""
-        low = int(np.searchsorted(self.start + self.tokens, first, side="right"))
+        """Return the rows of the documents of which a token, or the separator after them, lies in a range.
+
+        Units: `first` and `last` are places in the store.
+        """
+        low = int(np.searchsorted(self.start + self.tokens, first, side="left"))
         high = int(np.searchsorted(self.start, last, side="left"))
         rows = low + np.flatnonzero(self.tokens[low:high])
         return replace(self, **{each.name: getattr(self, each.name)[rows] for each in fields(self)})
@@ -61,7 +67,7 @@ class Shard:
     """One shard to write: tokens `first` to `last` of the array in `folder`.
 
     `table` holds the documents that overlap it, its parts counted within `spills`; `record` is the file to
-    leave.
+    leave. Of a loss mask `mask` is true and there is no separator: one bears the loss of the token before it.
     """
 
     folder: Path
@@ -73,6 +79,7 @@ class Shard:
     table: Table
     spills: tuple[Path, ...]
     record: Path
+    mask: bool = False
 
 
 def shuffle(
@@ -133,18 +140,20 @@ class ShardWriter:
     separator: int
     dtype: str
     shard_tokens: int
+    masked: bool = False
 
     def write(
         self, tables: Mapping[str, Table], parts: Sequence[Tokenised], *, engine: Engine, progress: bool
     ) -> dict[Path, FileRecord]:
         """Write the shards that are missing, and return the record of every file."""
         files: dict[Path, FileRecord] = {}
+        arrays = {TOKENS: self.dtype} | ({LOSS: "uint8"} if self.masked else {})
         for split, table in tables.items():
-            folder = self.out / split / "tokens"
-            shape = (table.counts.tokens,)
-            create_array(folder, dtype=self.dtype, shape=shape, shard=self.shard_tokens, chunk=CHUNK_TOKENS)
-            files[folder / "zarr.json"] = record_file(folder / "zarr.json")
-        shards = sum(self._count(table) for table in tables.values())
+            for name, dtype in arrays.items():
+                folder, shape = self.out / split / name, (table.counts.tokens,)
+                create_array(folder, dtype=dtype, shape=shape, shard=self.shard_tokens, chunk=CHUNK_TOKENS)
+                files[folder / "zarr.json"] = record_file(folder / "zarr.json")
+        shards = len(arrays) * sum(self._count(table) for table in tables.values())
         with tqdm(total=shards, unit=" shards", desc="write", disable=not progress) as bar:
 
             def add(path: Path, record: FileRecord) -> None:
@@ -152,13 +161,15 @@ class ShardWriter:
                 bar.update()
 
             def missing() -> Iterator[Shard]:
-                for split, table in tables.items():
+                for (split, table), name in itertools.product(tables.items(), arrays):
+                    of_mask = name == LOSS
                     for number in range(self._count(table)):
-                        path = shard_file(self.out / split / "tokens", number)
-                        record = self.records / f"{split}-{number}.json"
+                        path = shard_file(self.out / split / name, number)
+                        record = self.records / f"{split}-{'loss-' if of_mask else ''}{number}.json"
                         finished = _finished(path, record)
                         if finished is None:
-                            yield self._shard(path, number, table, parts, record)
+                            shard = self._shard(path, number, table, parts, record)
+                            yield replace(shard, mask=True, dtype=arrays[name]) if of_mask else shard
                         else:
                             add(path, finished)
 
@@ -193,15 +204,18 @@ class ShardWriter:
 
 def write_shard(shard: Shard) -> FileRecord:
     """Gather the documents of one shard, write it, and leave a record of its size and checksum."""
-    tokens = np.full(shard.last - shard.first, shard.separator, shard.dtype)
+    tokens = np.full(shard.last - shard.first, 0 if shard.mask else shard.separator, shard.dtype)
     table = shard.table
     for number, path in enumerate(shard.spills):
-        spill = np.memmap(path, shard.dtype, mode="r")
+        spill = np.memmap(mask_of(path) if shard.mask else path, shard.dtype, mode="r")
         for i in np.flatnonzero(table.part == number):
             first = max(int(table.start[i]), shard.first)
-            last = min(int(table.start[i] + table.tokens[i]), shard.last)
+            end = int(table.start[i] + table.tokens[i])
+            last = min(end, shard.last)
             shift = int(table.offset[i]) - int(table.start[i])
             tokens[first - shard.first : last - shard.first] = spill[first + shift : last + shift]
+            if shard.mask and shard.first <= end < shard.last:
+                tokens[end - shard.first] = spill[end - 1 + shift]
     write_shard_of(shard.folder, shard.first, tokens)
     record = record_file(shard_file(shard.folder, shard.number))
     write_json(shard.record, record)

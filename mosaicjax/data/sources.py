@@ -8,21 +8,22 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 import numpy as np
 
 from mosaicjax import storage
+from mosaicjax.data.marked import Marked
 from mosaicjax.errors import InputError
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
 BROKEN_ARCHIVE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 
-Content = str | np.ndarray
-"""A text, or ids of a tokenizer, int64 [tokens]."""
+Content = str | np.ndarray | Marked
+"""A text, ids of a tokenizer, int64 [tokens], or a text of which some bears loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,48 @@ class Document:
         """
         if isinstance(self.content, str):
             return self.content
+        if isinstance(self.content, Marked):
+            return self.content.text
         raise InputError(f"{self.name} holds tokens", expected="text", fix="another --field")
+
+
+class Rows(Protocol):
+    """What becomes of the rows of a table or of JSON lines."""
+
+    def columns(self, names: Sequence[str], place: str) -> list[str]:
+        """Which columns, of those that there are, decide what a row becomes.
+
+        Raises: InputError where one lacks.
+        """
+        ...
+
+    def content(self, row: Mapping[str, Any], place: str) -> Content:
+        """A row's document; nulls of a table are left out of it.
+
+        Raises: InputError naming the row that cannot be used.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows whose `field` is the text; one without it, where there is such a column, is empty."""
+
+    field: str
+
+    def columns(self, names: Sequence[str], place: str) -> list[str]:
+        """See `Rows`."""
+        if self.field not in names:
+            raise InputError(
+                f"{place} lacks the column {self.field!r}",
+                expected=f"one of {', '.join(names)}",
+                fix="name the column that holds the text with --field",
+            )
+        return [self.field]
+
+    def content(self, row: Mapping[str, Any], place: str) -> Content:
+        """See `Rows`."""
+        return checked_text(row.get(self.field, ""), f"{place}, field {self.field!r}")
 
 
 class Source(Protocol):
@@ -104,9 +146,9 @@ class TextFile(StoredFile):
 
 @dataclass(frozen=True)
 class JsonLines(StoredFile):
-    """A file of one JSON object a line, whose `field` is a document's text; blank lines are none."""
+    """A file of one JSON object a line, each a document; blank lines are none."""
 
-    field: str
+    rows: Rows
 
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         """See `Source`."""
@@ -126,7 +168,24 @@ class JsonLines(StoredFile):
                     return
                 if not line.isspace():
                     place = f"{self.name}, line {number}"
-                    yield Document(_row_text(line, self.field, place), f"{self.name}:{number}")
+                    yield Document(self._content(line, place), f"{self.name}:{number}")
+
+    def _content(self, line: bytes, place: str) -> Content:
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise InputError(place, expected="UTF-8", got=f"{error.reason} at byte {error.start}") from error
+        except json.JSONDecodeError as error:
+            raise InputError(place, expected="one JSON object", got=str(error)) from error
+        if not isinstance(row, dict) or (isinstance(self.rows, Texts) and self.rows.field not in row):
+            wanted = f" with the field {self.rows.field!r}" if isinstance(self.rows, Texts) else ""
+            raise InputError(
+                place,
+                expected=f"a JSON object{wanted}",
+                got=sorted(row) if isinstance(row, dict) else type(row).__name__,
+                fix="name the field that holds the text with --field" if wanted else None,
+            )
+        return self.rows.content(row, place)
 
     def _unpacked(self, stored: IO[bytes]) -> Any:
         if self.name.endswith(".gz"):
@@ -166,20 +225,3 @@ def checked_text(text: Any, place: str) -> str:
             place, expected="Unicode text", got=f"half a surrogate pair at character {error.start}"
         ) from error
     return text
-
-
-def _row_text(line: bytes, field: str, place: str) -> str:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise InputError(place, expected="UTF-8", got=f"{error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(place, expected="one JSON object", got=str(error)) from error
-    if not isinstance(row, dict) or field not in row:
-        raise InputError(
-            place,
-            expected=f"a JSON object with the field {field!r}",
-            got=sorted(row) if isinstance(row, dict) else type(row).__name__,
-            fix="name the field that holds the text with --field",
-        )
-    return checked_text(row[field], f"{place}, field {field!r}")

@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from mosaicjax import storage
-from mosaicjax.data.arrays import BLOCK_CHUNKS, CHUNK_DOCUMENTS, CHUNK_TOKENS, shard_file
+from mosaicjax.data.arrays import (
+    BLOCK_CHUNKS,
+    CHUNK_DOCUMENTS,
+    CHUNK_TOKENS,
+    DOCUMENTS,
+    LOSS,
+    TOKENS,
+    shard_file,
+)
 from mosaicjax.data.chunks import Chunks
 from mosaicjax.data.disk_cache import DiskCache, Place
 from mosaicjax.data.manifest import (
@@ -39,21 +47,23 @@ class Split:
         counts: Counts,
         shard_tokens: int,
         *,
-        readers: tuple[Reader, Reader] | None = None,
+        reader: Callable[[str], Reader] | None = None,
+        masked: bool = False,
         identity: str = "",
     ) -> None:
-        """`readers` are those of its tokens and its documents, where they do not lie on this machine.
+        """`reader` makes those of its arrays, where they do not lie on this machine.
 
-        `identity` tells splits of other contents apart, wherever they lie; by default the folder does.
+        `masked`: not every token bears loss. `identity` tells splits of other contents apart, wherever they
+        lie; by default the folder does.
         """
         self.identity = identity or str(folder)
         self.folder = folder
         self.counts = counts
         self.shard_tokens = shard_tokens
-        self._tokens, self._documents = readers or (
-            Chunks(storage.join(folder, "tokens")),
-            Chunks(storage.join(folder, "documents")),
-        )
+        self.masked = masked
+        reader = reader or (lambda name: Chunks(storage.join(folder, name)))
+        names = (TOKENS, DOCUMENTS, *([LOSS] if masked else []))
+        self._arrays = {name: reader(name) for name in names}
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -65,14 +75,24 @@ class Split:
         Shapes: the result's arrays, of the store's dtype, [last - first].
         Raises: InputError, from the result, naming the shard file that is damaged or missing.
         """
+        return self._read(TOKENS, spans)
+
+    def read_loss(self, spans: Sequence[tuple[int, int]]) -> Callable[[], list[np.ndarray]]:
+        """As `read`: 1 for the tokens that bear loss as targets, 0 for the others, of a `masked` split.
+
+        Shapes: the result's arrays uint8 [last - first].
+        """
+        return self._read(LOSS, spans)
+
+    def _read(self, name: str, spans: Sequence[tuple[int, int]]) -> Callable[[], list[np.ndarray]]:
         for first, last in spans:
             assert 0 <= first <= last <= len(self), (first, last, len(self))
         try:
-            begun = self._tokens.begin(spans)
+            begun = self._arrays[name].begin(spans)
         except InputError:
             raise
         except ValueError as error:
-            raise self._unreadable("tokens", error) from error
+            raise self._unreadable(name, error) from error
 
         def wait() -> list[np.ndarray]:
             try:
@@ -80,7 +100,7 @@ class Split:
             except InputError:
                 raise
             except ValueError as error:
-                raise self._damage(spans, error) from error
+                raise self._damage(name, spans, error) from error
 
         return wait
 
@@ -112,29 +132,29 @@ class Split:
 
     def _table(self, first: int, last: int) -> np.ndarray:
         try:
-            return self._documents.begin([(first, last)])()[0]
+            return self._arrays[DOCUMENTS].begin([(first, last)])()[0]
         except InputError:
             raise
         except ValueError as error:
-            raise self._unreadable("documents", error) from error
+            raise self._unreadable(DOCUMENTS, error) from error
 
     def _unreadable(self, name: str, error: ValueError) -> InputError:
         return unreadable(storage.join(self.folder, name), error)
 
-    def _damage(self, spans: Sequence[tuple[int, int]], error: ValueError) -> InputError:
+    def _damage(self, name: str, spans: Sequence[tuple[int, int]], error: ValueError) -> InputError:
         """Find the shard that cannot be read, by reading each that the spans touch."""
         if out_of_reach(error):
-            return self._unreadable("tokens", error)
+            return self._unreadable(name, error)
         for start, end in spans:
             for shard in range(start // self.shard_tokens, -(-end // self.shard_tokens)):
                 first = max(start, shard * self.shard_tokens)
                 last = min(end, (shard + 1) * self.shard_tokens)
                 try:
-                    self._tokens.check(first, last)
+                    self._arrays[name].check(first, last)
                 except ValueError as of_shard:
-                    name = shard_file("tokens", shard).as_posix()
-                    return unreadable(storage.join(self.folder, name), of_shard, "shard ")
-        return self._unreadable("tokens", error)
+                    path = shard_file(name, shard).as_posix()
+                    return unreadable(storage.join(self.folder, path), of_shard, "shard ")
+        return self._unreadable(name, error)
 
 
 def out_of_reach(error: ValueError) -> bool:
@@ -204,28 +224,32 @@ class Store:
         if name not in SPLITS:
             raise InputError("no such split", expected=" or ".join(SPLITS), got=name)
         counts, folder = self.manifest.splits[name], storage.join(self.path, name)
-        readers = None
+        reader: Callable[[str], Reader] | None = None
         if storage.is_remote(self.path):
-            shape = {"tokens": (counts.tokens,), "documents": (counts.documents, 2)}
-            chunk = {"tokens": CHUNK_TOKENS, "documents": CHUNK_DOCUMENTS}
-            dtype = {"tokens": self.manifest.dtype, "documents": "int64"}
+            rows: dict[str, tuple[tuple[int, ...], str, int]] = {
+                DOCUMENTS: ((counts.documents, 2), "int64", CHUNK_DOCUMENTS)
+            }
+            kinds = {TOKENS: self.manifest.dtype, LOSS: "uint8"}
+            rows |= {array: ((counts.tokens,), dtype, CHUNK_TOKENS) for array, dtype in kinds.items()}
 
-            def blocks(array: str) -> Blocks:
+            def blocks(array: str) -> Reader:
+                shape, dtype, chunk = rows[array]
                 return Blocks(
                     storage.join(folder, array),
-                    shape[array],
-                    dtype[array],
-                    block=BLOCK_CHUNKS * chunk[array],
+                    shape,
+                    dtype,
+                    block=BLOCK_CHUNKS * chunk,
                     cache=self.cache,
                     name=digest(self.manifest.files, f"{name}/{array}/"),
                 )
 
-            readers = blocks("tokens"), blocks("documents")
+            reader = blocks
         return Split(
             folder,
             counts,
             self.manifest.settings.layout.shard_tokens,
-            readers=readers,
+            reader=reader,
+            masked=self.manifest.settings.masked,
             identity=digest(self.manifest.files, f"{name}/"),
         )
 

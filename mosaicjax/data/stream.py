@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mosaicjax.data.order import WINDOW_PLACES, Mix, Order, Orders, order_seed
-from mosaicjax.data.rows import WINDOWS, Batch, Held, Packed, SplitRows
+from mosaicjax.data.rows import WINDOWS, Batch, Held, Packed, SplitRows, loss_of
 from mosaicjax.data.store import Split
 from mosaicjax.errors import InputError
 
@@ -69,6 +69,7 @@ class Stream:
         self.seed = seed
         self.skips = skips
         self.isolate = isolate
+        self.masked = any(domain.rows.masked for domain in drawn)
         self.first_step = first_step
         self._taken = np.array([(taken or {}).get(domain.name, 0) for domain in drawn], np.int64)
         self._mix = Mix([domain.weight for domain in drawn], seed)
@@ -148,7 +149,8 @@ class Stream:
         shape = (rows, self.seq)
         if not any(isinstance(domain.rows, Packed) for domain in self.drawn):
             windows = np.empty((rows, self.seq + 1), np.int32)
-            return {WINDOWS: windows, "weights": np.broadcast_to(np.float32(1.0), shape)}
+            weights = np.ones(shape, np.float32) if self.masked else np.broadcast_to(np.float32(1.0), shape)
+            return {WINDOWS: windows, "weights": weights}
         batch = {name: np.full(shape, self.separator, np.int32) for name in ("tokens", "targets")}
         batch |= {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
         return batch | {"weights": np.zeros(shape, np.float32)}
@@ -215,7 +217,8 @@ class _Places:
 class HeldOut:
     """The rows of one or more splits in order, for evaluation: each token but their first is a target once.
 
-    A split's last row is filled up with separators of weight 0 and segment 0. For `isolate` see `Stream`.
+    A split's last row is filled up with separators of weight 0 and segment 0; tokens that bear no loss have
+    weight 0 too. For `isolate` see `Stream`.
     """
 
     def __init__(
@@ -259,6 +262,7 @@ class HeldOut:
         domains = self.domains(indices)
         windows = np.full((len(chosen), self.seq + 1), self.separator, np.int32)
         lengths = np.zeros(len(chosen), np.int64)
+        weights = np.ones((len(chosen), self.seq), np.float32)
         for number, split in enumerate(self.splits):
             mine = np.flatnonzero(domains == number)
             before = self._ends[number - 1] if number else 0
@@ -266,15 +270,18 @@ class HeldOut:
                 (int(row), min(int(row) + self.seq + 1, len(split)))
                 for row in (chosen[mine] - before) * self.seq
             ]
-            for row, tokens in zip(mine, split.read(spans)(), strict=True):
+            wait, wait_loss = split.read(spans), loss_of(split, spans)
+            for row, tokens, loss in zip(mine, wait(), wait_loss(), strict=True):
                 windows[row, : len(tokens)] = tokens
                 lengths[row] = len(tokens) - 1
+                if loss is not None:
+                    weights[row, : len(loss) - 1] = loss[1:]
         tokens = windows[:, :-1]
         inside = np.arange(self.seq) < lengths[:, None]
         batch = {
             "tokens": np.ascontiguousarray(tokens),
             "targets": np.ascontiguousarray(windows[:, 1:]),
-            "weights": inside.astype(np.float32),
+            "weights": weights * inside,
             "domain": domains.astype(np.int32),
         }
         if self.isolate:

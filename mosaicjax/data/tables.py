@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,15 @@ import numpy as np
 
 from mosaicjax import storage
 from mosaicjax.data.mds import Mds
-from mosaicjax.data.sources import Content, Document, StoredFile, checked_text, pyarrow_for
+from mosaicjax.data.sources import (
+    Content,
+    Document,
+    Rows,
+    StoredFile,
+    Texts,
+    checked_text,
+    pyarrow_for,
+)
 from mosaicjax.errors import InputError
 
 ROWS = 1_024
@@ -24,9 +32,9 @@ HUGGING_FACE = "hf:"
 
 @dataclass(frozen=True)
 class Parquet(StoredFile):
-    """A Parquet file, whose column `field` is a document's text; nulls are empty documents."""
+    """A Parquet file, each of whose rows is a document."""
 
-    field: str
+    rows: Rows
 
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         """See `Source`."""
@@ -36,9 +44,8 @@ class Parquet(StoredFile):
         with storage.reading(self.name) as stored:
             try:
                 file = parquet.ParquetFile(stored)
-                _check_column(self.field, file.schema_arrow.names, self.name)
-                batches = file.iter_batches(ROWS, columns=[self.field])
-                yield from _texts(batches, self.field, self.name)
+                columns = self.rows.columns(file.schema_arrow.names, self.name)
+                yield from _documents(file.iter_batches(ROWS, columns=columns), self.rows, self.name)
             except (import_error, OSError) as error:
                 raise InputError(
                     f"{self.name} cannot be read as Parquet", got=storage.one_line(error)
@@ -47,7 +54,7 @@ class Parquet(StoredFile):
 
 @dataclass(frozen=True)
 class Delta:
-    """A Delta table at a version (None: the newest), whose column `field` is a document's text.
+    """A Delta table at a version (None: the newest), each of whose rows is a document.
 
     Rows come in the order of the table's files by name. The table of a version is what its log says: files
     removed since are read as long as they are there.
@@ -55,7 +62,7 @@ class Delta:
 
     path: str
     version: int | None
-    field: str
+    rows: Rows
 
     @property
     def name(self) -> str:
@@ -106,23 +113,23 @@ class Delta:
 
         try:
             dataset = self._table.to_pyarrow_dataset()
-            _check_column(self.field, dataset.schema.names, self.name)
+            columns = self.rows.columns(dataset.schema.names, self.name)
             for part in sorted(dataset.get_fragments(), key=lambda each: str(each.path)):
-                batches = part.to_batches(schema=dataset.schema, columns=[self.field], batch_size=ROWS)
-                yield from _texts(batches, self.field, f"{self.name}, {part.path}")
+                batches = part.to_batches(schema=dataset.schema, columns=columns, batch_size=ROWS)
+                yield from _documents(batches, self.rows, f"{self.name}, {part.path}")
         except (deltalake.exceptions.DeltaError, arrow_error, OSError) as error:
             raise InputError(f"{self.name} cannot be read", got=storage.one_line(error)) from error
 
 
 @dataclass(frozen=True)
 class MdsFolder:
-    """Mosaic's MDS shards, whose column `field` is a document's text, or tokens.
+    """Mosaic's MDS shards, each of whose samples is a document: a text, or tokens.
 
-    Tokens are integers, or plain bytes where `field` is `NAME:DTYPE`.
+    Tokens are integers, or plain bytes where the field of `Texts` is `NAME:DTYPE`.
     """
 
     name: str
-    field: str
+    rows: Rows
 
     @property
     def size_bytes(self) -> int:
@@ -135,7 +142,13 @@ class MdsFolder:
 
     def read(self, skipped: Counter[str]) -> Iterator[Document]:
         """See `Source`."""
-        field, _, dtype = self.field.partition(":")
+        if not isinstance(self.rows, Texts):
+            for number, sample in enumerate(self._shards.samples()):
+                place = f"{self.name}:{number}"
+                self.rows.columns(list(sample), place)
+                yield Document(self.rows.content(sample, place), place)
+            return
+        field, _, dtype = self.rows.field.partition(":")
         for number, sample in enumerate(self._shards.samples((field,))):
             place = f"{self.name}:{number}"
             yield Document(_content(sample[field], dtype, f"{place}, column {field!r}"), place)
@@ -146,7 +159,7 @@ class HuggingFace:
     """A dataset of the `datasets` library, streamed: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
 
     spec: str
-    field: str
+    rows: Rows
 
     @property
     def name(self) -> str:
@@ -171,9 +184,9 @@ class HuggingFace:
         except (OSError, ValueError) as error:
             raise InputError(f"{self.name} cannot be opened", got=storage.one_line(error)) from error
         for number, row in enumerate(rows):
-            _check_column(self.field, list(row), self.name)
+            self.rows.columns(list(row), self.name)
             place = f"{self.name}:{number}"
-            yield Document(checked_text(row[self.field] or "", f"{place}, column {self.field!r}"), place)
+            yield Document(self.rows.content(_without_nulls(row), place), place)
 
 
 def _content(value: Any, dtype: str, place: str) -> Content:
@@ -195,19 +208,14 @@ def _content(value: Any, dtype: str, place: str) -> Content:
     return value.astype(np.int64)
 
 
-def _check_column(field: str, names: list[str], place: str) -> None:
-    if field not in names:
-        raise InputError(
-            f"{place} lacks the column {field!r}",
-            expected=f"one of {', '.join(names)}",
-            fix="name the column that holds the text with --field",
-        )
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
 
 
-def _texts(batches: Any, field: str, place: str) -> Iterator[Document]:
+def _documents(batches: Any, rows: Rows, place: str) -> Iterator[Document]:
     number = 0
     for batch in batches:
-        for text in batch.column(field).to_pylist():
+        for row in batch.to_pylist():
             where = f"{place}:{number}"
-            yield Document("" if text is None else checked_text(text, f"{where}, column {field!r}"), where)
+            yield Document(rows.content(_without_nulls(row), where), where)
             number += 1

@@ -25,7 +25,10 @@ def test_overlapping_documents(lengths, data):
     expected = [
         number
         for number in range(len(lengths))
-        if set(range(table.start[number], table.start[number] + lengths[number])) & set(range(first, last))
+        # Its tokens, and the separator after them.
+        if lengths[number]
+        and set(range(table.start[number], table.start[number] + lengths[number] + 1))
+        & set(range(first, last))
     ]
     assert (table.overlapping(first, last).offset // 100).tolist() == expected
 

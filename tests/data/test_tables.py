@@ -52,7 +52,7 @@ def test_parquet_in_groups_of_rows_with_nulls(tmp_path, compression):
     assert documents.skipped["empty"] == len(values) - len(expected)
     with pytest.raises(InputError, match=r"a\.parquet lacks the column 'text'; expected one of id, body"):
         texts(path)
-    with pytest.raises(InputError, match=r"a\.parquet:0, column 'id'; expected a string; got int"):
+    with pytest.raises(InputError, match=r"a\.parquet:0, field 'id'; expected a string; got int"):
         texts(path, field="id")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=r"a\.parquet cannot be read as Parquet"):

@@ -84,6 +84,7 @@ def visits(problem, queries, keys, offset):
     return seen.reshape(queries // BLOCK, BLOCK, keys // BLOCK, BLOCK).any(axis=(1, 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(1, n) for n in (2, 2, 2, 3, 4))),

@@ -169,6 +169,7 @@ def configs(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(config=configs(), seed=st.integers(0, 2**16))
 def test_knobs_in_combination(config, seed):

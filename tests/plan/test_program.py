@@ -7,15 +7,9 @@ import pytest
 from tests import tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [
-        (),
-        pytest.param(
-            ("--model.remat", "FULL", "--microbatch", "8", "--mesh.gather", "explicit"),
-            marks=pytest.mark.slow,
-        ),
-    ],
+    "options", [(), ("--model.remat", "FULL", "--microbatch", "8", "--mesh.gather", "explicit")]
 )
 def test_a_plan_and_a_run_have_the_same_program(options, tmp_path, tiny_recipe, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
