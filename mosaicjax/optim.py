@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.typing import ArrayLike
 
 from mosaicjax.errors import InputError
@@ -164,6 +167,11 @@ class Optimizer:
 
     lr: Schedule = Cosine()
 
+    @property
+    def heavy(self) -> bool:
+        """Whether an update costs more to compute anew than to hold beside the weights."""
+        return False
+
     def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
         """The transformation for these weights and a run of so many steps."""
         raise TypeError(f"{type(self).__name__} does not say how to build itself")
@@ -190,20 +198,14 @@ class AdamW(Optimizer):
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
+    cautious: bool = False
     momentum_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
     def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
         """See `Optimizer.build`."""
         _check_betas(self.b1, self.b2)
-        return optax.adamw(
-            self.lr.build(steps),
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            mu_dtype=jnp.dtype(self.momentum_dtype),
-            weight_decay=self.decay_share(self.weight_decay),
-            mask=spec.map(lambda param: param.decay),
-        )
+        adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=jnp.dtype(self.momentum_dtype))
+        return _with_decay(self, adam, spec, steps)
 
 
 @dataclass(frozen=True)
@@ -217,19 +219,119 @@ class Lion(Optimizer):
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.0
+    cautious: bool = False
     momentum_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
     def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
         """See `Optimizer.build`."""
         _check_betas(self.b1, self.b2)
-        return optax.lion(
-            self.lr.build(steps),
-            b1=self.b1,
-            b2=self.b2,
-            mu_dtype=jnp.dtype(self.momentum_dtype),
-            weight_decay=self.decay_share(self.weight_decay),
-            mask=spec.map(lambda param: param.decay),
+        lion = optax.scale_by_lion(self.b1, self.b2, mu_dtype=jnp.dtype(self.momentum_dtype))
+        return _with_decay(self, lion, spec, steps)
+
+
+@dataclass(frozen=True)
+class Adopt(Optimizer):
+    """Adam whose second moment does not know the gradient that it divides: it converges for any `b2`.
+
+    Updates are clipped to step ** 0.25, as the authors do now; the first step moves nothing. Decay as in
+    `AdamW`.
+
+    Source: Taniguchi et al. 2024, arXiv 2411.02853; optax.contrib.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.9999
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    cautious: bool = False
+    momentum_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+    def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
+        """See `Optimizer.build`."""
+        _check_betas(self.b1, self.b2)
+        dtype = jnp.dtype(self.momentum_dtype)
+        adopt = optax.contrib.scale_by_adopt(self.b1, self.b2, self.eps, mu_dtype=dtype)
+        return _with_decay(self, adopt, spec, steps)
+
+
+@dataclass(frozen=True)
+class Ademamix(Optimizer):
+    """Adam with a second, slow momentum of `b3`, of which `alpha` times is added to the fast one.
+
+    Both grow over the run as the authors have them: `alpha` on a line from 0, `b3` from `b1`, on a line of
+    half-lives, so that early steps are not led by the first gradients. It holds one momentum more than Adam.
+    Decay as in `AdamW`.
+
+    Source: Pagliardini et al. 2024, arXiv 2409.03137, section 3; optax.contrib.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.999
+    b3: float = 0.9999
+    alpha: float = 8.0
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    cautious: bool = False
+
+    def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
+        """See `Optimizer.build`."""
+        _check_betas(self.b1, self.b2)
+        if not self.b1 < self.b3 < 1 or self.alpha < 0:
+            raise InputError(
+                "Ademamix.b3 and alpha", expected="b1 < b3 < 1, alpha 0 or more", got=(self.b3, self.alpha)
+            )
+        fast, slow = (math.log(0.5) / math.log(beta) - 1 for beta in (max(self.b1, 1e-9), self.b3))
+
+        def grown(step: ArrayLike) -> Any:
+            return jnp.minimum((jnp.asarray(step, jnp.float32) + 1.0) / steps, 1.0)
+
+        def b3(step: ArrayLike) -> Any:
+            half_life = fast + grown(step) * (slow - fast)
+            return jnp.exp2(-1.0 / (half_life + 1.0))
+
+        mixed = optax.contrib.scale_by_ademamix(
+            self.b1,
+            self.b2,
+            b3,
+            lambda step: self.alpha * grown(step),
+            self.eps,
         )
+        return _with_decay(self, mixed, spec, steps)
+
+
+def _with_decay(
+    optimizer: AdamW | Lion | Adopt | Ademamix,
+    direction: optax.GradientTransformation,
+    spec: Spec,
+    steps: int,
+) -> optax.GradientTransformation:
+    """A direction with an optimizer's decay, at its rate."""
+    mask = spec.map(lambda param: param.decay)
+    return optax.chain(
+        direction,
+        decayed(optimizer.decay_share(optimizer.weight_decay), mask, optimizer.cautious),
+        optax.scale_by_learning_rate(optimizer.lr.build(steps)),
+    )
+
+
+def decayed(share: float, mask: Any, cautious: bool = False) -> optax.GradientTransformation:
+    """Add decoupled weight decay to updates that are still to be scaled by the rate.
+
+    `cautious` decays only the entries that the update moves towards zero: an entry of the weight and one of
+    the update, which is subtracted, of one sign.
+
+    Source: Loshchilov and Hutter 2019, arXiv 1711.05101; Chen et al. 2025, arXiv 2510.12402.
+    """
+    if not cautious or not share:
+        return optax.add_decayed_weights(share, mask)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def add(update: Any, weight: Any) -> Any:
+            return update + jnp.where(update * weight > 0, share * weight, jnp.zeros_like(weight))
+
+        return jax.tree.map(add, updates, params), state
+
+    return optax.masked(optax.GradientTransformation(optax.init_empty_state, update), mask)
 
 
 def _check_share(what: str, share: float) -> None:

@@ -83,6 +83,8 @@ class Program:
     phase: Phase
     dtypes: Dtypes
     applied: tuple[str, ...] = ()
+    heavy: bool = False
+    """Whether the optimizer's updates cost more to compute anew than to hold."""
 
     def refine(self, method: object, **changes: Any) -> Program:
         """This program with changes, and the method that made them on record.

@@ -98,11 +98,18 @@ class Step:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
         optimizer = jax.tree.map(copied, jax.eval_shape(program.optimizer.init, trainable))
+
+        def as_weight(leaf: Any, weight: Any) -> Any:
+            if isinstance(leaf, optax.MaskedNode):
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding)
+
         optimizer = optax.tree_map_params(
             program.optimizer,
-            lambda leaf, weight: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight.sharding),
+            as_weight,
             optimizer,
             trainable,
+            is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         )
         state = jax.tree.map(copied, jax.eval_shape(lambda: program.state))
         return TrainState(copied(jax.ShapeDtypeStruct((), jnp.int32)), trainable, optimizer, state)
@@ -219,9 +226,11 @@ class Step:
                 return jax.tree.map(lambda new, old: jnp.where(fine, new, old), after, before)
 
             # Computed anew where it is applied, for weights and then for moments: kept from above, updates
-            # and new moments would be held beside all the old ones, and passed over once more.
+            # and new moments would be held beside all the old ones, and passed over once more. Heavy updates
+            # are held all the same.
             state, summed, fine = jax.lax.optimization_barrier((state, summed, fine))
-            updates, _ = self.update(summed, state)
+            if not program.heavy:
+                updates, _ = self.update(summed, state)
             with jax.numpy_dtype_promotion("standard"):
                 trainable = optax.apply_updates(state.trainable, updates)
             trainable = kept_unless_fine(trainable, state.trainable)
@@ -259,7 +268,11 @@ class Step:
         # optax raises Python floats to integer counts, which strict promotion (our tests') refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, new = optimizer.update(
-                means, state.optimizer, state.trainable, measured=Measured(means, grads.norm)
+                means,
+                state.optimizer,
+                state.trainable,
+                measured=Measured(means, grads.norm),
+                layout=self.layout,
             )
         return updates, new
 

@@ -21,6 +21,7 @@ FLOORS = {
     "models": 3,
     "data": 3,
     "optim": 3,
+    "muon": 3,
     "losses": 3,
     "program": 4,
     "spikes": 4,

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from mosaicjax import optim
 from mosaicjax.errors import InputError
-from mosaicjax.optim import AdamW, Cosine, InverseSqrt, Linear, Lion, Schedule, Wsd
+from mosaicjax.optim import (
+    AdamW,
+    Ademamix,
+    Adopt,
+    Cosine,
+    InverseSqrt,
+    Linear,
+    Lion,
+    Schedule,
+    Wsd,
+)
 from mosaicjax.spec import ONES, Param, Spec
 
 SPEC = Spec(
@@ -147,6 +157,67 @@ def test_lion_is_composers_decoupled_lion():
             np.testing.assert_allclose(pick(path[t + 1]), weight, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", [AdamW, Lion, Adopt, Ademamix])
+def test_cautious_decay_takes_what_moves_to_zero_alone(kind):
+    """Beside the same without decay, step by step from the same weights."""
+    rng = np.random.default_rng(2)
+    weights = SPEC.map(lambda param: jnp.asarray(rng.standard_normal(param.shape(SPEC.dims)), jnp.float32))
+    rate = optim.Constant(peak=0.1)
+    bare, decays = (
+        kind(lr=rate, weight_decay=share, cautious=True).build(SPEC, STEPS) for share in (0.0, 0.02)
+    )
+    states = [each.init(weights) for each in (bare, decays)]
+    for step in range(5):
+        grads = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), weights)
+        with jax.numpy_dtype_promotion("standard"):
+            without, states[0] = bare.update(grads, states[0], weights)
+            found, states[1] = decays.update(grads, states[1], weights)
+        np.testing.assert_array_equal(found["norm"]["scale"], without["norm"]["scale"])
+        weight, update = wide(weights["matrix"]), wide(without["matrix"])
+        expected = update - np.where(-update * weight > 0, 0.02 * weight, 0.0)
+        np.testing.assert_allclose(found["matrix"], expected, rtol=1e-5, atol=1e-7)
+        if step:
+            assert 0 < (expected != update).sum() < weight.size
+
+
+def test_adopt_is_the_papers_second_form():
+    optimizer = Adopt(lr=Linear(peak=0.1, warmup=3), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.02)
+    path, all_grads, _ = trajectory(optimizer)
+    rate = optimizer.lr.build(STEPS)
+    weight, momentum, square = wide(path[0]["matrix"]), 0.0, None
+    for t in range(STEPS):
+        grad, lr = wide(all_grads[t]["matrix"]), float(rate(t))
+        if t == 0:
+            square = grad**2
+        else:
+            direction = np.clip(grad / np.maximum(np.sqrt(square), 1e-3), -(t**0.25), t**0.25)
+            momentum = 0.8 * momentum + 0.2 * direction
+            square = 0.95 * square + 0.05 * grad**2
+        weight = weight * (1 - 0.02 * lr / 0.1) - lr * momentum
+        np.testing.assert_allclose(path[t + 1]["matrix"], weight, rtol=2e-5, atol=2e-6)
+
+
+def test_ademamix_is_the_papers():
+    optimizer = Ademamix(
+        lr=Cosine(peak=0.1, warmup=3), b1=0.8, b2=0.95, b3=0.99, alpha=3.0, eps=1e-3, weight_decay=0.02
+    )
+    path, all_grads, _ = trajectory(optimizer)
+    rate = optimizer.lr.build(STEPS)
+    weight, fast, slow, square = wide(path[0]["matrix"]), 0.0, 0.0, 0.0
+    first, last = (np.log(0.5) / np.log(beta) - 1 for beta in (0.8, 0.99))
+    for t in range(STEPS):
+        grad, lr, share = wide(all_grads[t]["matrix"]), float(rate(t)), (t + 1) / STEPS
+        b3 = 0.5 ** (1 / ((1 - share) * first + share * last + 1))
+        fast, slow = 0.8 * fast + 0.2 * grad, b3 * slow + (1 - b3) * grad
+        square = 0.95 * square + 0.05 * grad**2
+        upper = fast / (1 - 0.8 ** (t + 1)) + 3.0 * share * slow
+        direction = upper / (np.sqrt(square / (1 - 0.95 ** (t + 1))) + 1e-3)
+        weight = weight * (1 - 0.02 * lr / 0.1) - lr * direction
+        np.testing.assert_allclose(path[t + 1]["matrix"], weight, rtol=5e-5, atol=5e-6)
+    with pytest.raises(InputError, match="Ademamix.b3 and alpha; expected b1 < b3 < 1"):
+        Ademamix(b3=0.5).build(SPEC, STEPS)
+
+
 def test_a_step_at_the_peak_takes_the_decay_and_no_more():
     # With no gradient Adam's own update is 0: what is left of a weight is decay alone.
     optimizer = AdamW(lr=optim.Constant(peak=1e-3), weight_decay=0.25)
@@ -165,7 +236,9 @@ def test_momentum_dtype_is_kept(kind):
     assert sum(leaf.size for leaf in momentum) == SPEC.count()
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(b1=1.0), AdamW(b2=-0.1), Lion(b2=1.0)])
+@pytest.mark.parametrize(
+    "optimizer", [AdamW(b1=1.0), AdamW(b2=-0.1), Lion(b2=1.0), Adopt(b2=1.0), Ademamix(b1=-1.0)]
+)
 def test_betas_that_cannot_be(optimizer):
     with pytest.raises(InputError, match="optimizer b1 and b2; expected 0 to below 1"):
         optimizer.build(SPEC, STEPS)

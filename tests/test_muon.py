@@ -1,0 +1,181 @@
+"""Muon against a float64 Newton-Schulz of each matrix, and over a mesh against one device."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mosaicjax.errors import InputError
+from mosaicjax.mesh import Mesh
+from mosaicjax.models import gpt2, llama, mixtral, mpt
+from mosaicjax.muon import Muon, as_matrices, newton_schulz
+from mosaicjax.optim import AdamW, Constant, Cosine, Lion
+from mosaicjax.program import Phase
+from mosaicjax.spec import ONES, Layers, Param, Spec
+from mosaicjax.step import Step
+from tests import stepping
+
+LAYERS = Layers(0, 1, 3)
+SPEC = Spec(
+    {
+        "embed": {"tokens": Param(("vocab", "embed"), ONES)},
+        "stacks": {
+            "query": Param(("embed", "heads", "head_dim"), ONES, layers=LAYERS),
+            "out": Param(("heads", "head_dim", "embed"), ONES, layers=LAYERS),
+            "up": Param(("experts", "embed", "mlp"), ONES, layers=LAYERS),
+            "down": Param(("experts", "mlp", "embed"), ONES, layers=LAYERS),
+            "router": Param(("embed", "experts"), ONES, layers=LAYERS),
+            "scale": Param(("embed",), ONES, decay=False, layers=LAYERS),
+        },
+    },
+    {"vocab": 11, "embed": 6, "heads": 2, "head_dim": 5, "experts": 2, "mlp": 4},
+)
+MATRICES = ("query", "out", "up", "down")
+
+
+def orthogonal(matrix, iterations):
+    """The paper's iteration on one matrix, in float64."""
+    x = np.asarray(matrix, np.float64)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / np.sqrt((x**2).sum())
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x.T if tall else x
+
+
+def matrices_of(name, array):
+    """A weight's matrices one by one, inputs by outputs, by hand."""
+    if name == "query":
+        return [layer.reshape(6, 10) for layer in array]
+    if name == "out":
+        return [layer.reshape(10, 6) for layer in array]
+    return [expert for layer in array for expert in layer]
+
+
+@pytest.mark.parametrize(
+    ("nesterov", "rms", "cautious", "decay", "iterations"),
+    [(True, 0.2, False, 0.0, 5), (False, 0.0, False, 0.01, 3), (True, 0.2, True, 0.02, 5)],
+)
+def test_updates_are_the_definitions(nesterov, rms, cautious, decay, iterations):
+    rng = np.random.default_rng(1)
+    others = AdamW(lr=Constant(peak=3e-3), weight_decay=1e-3)
+    muon = Muon(
+        lr=Constant(peak=2e-2),
+        nesterov=nesterov,
+        rms=rms,
+        cautious=cautious,
+        weight_decay=decay,
+        iterations=iterations,
+        others=others,
+    )
+    weights = SPEC.map(lambda param: jnp.asarray(rng.standard_normal(param.shape(SPEC.dims)), jnp.float32))
+    alone = others.build(SPEC, 9)
+    transform = optax.with_extra_args_support(muon.build(SPEC, 9))
+    state, other_state = transform.init(weights), alone.init(weights)
+    momentum = {name: 0.0 for name in MATRICES}
+    for _ in range(4):
+        grads = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), weights)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = transform.update(grads, state, weights)
+            expected, other_state = alone.update(grads, other_state, weights)
+        for name in ("router", "scale"):
+            np.testing.assert_array_equal(updates["stacks"][name], expected["stacks"][name])
+        np.testing.assert_array_equal(updates["embed"]["tokens"], expected["embed"]["tokens"])
+        for name in MATRICES:
+            grad = np.asarray(grads["stacks"][name], np.float64)
+            before = np.asarray(weights["stacks"][name], np.float64)
+            momentum[name] = 0.95 * momentum[name] + 0.05 * grad
+            ahead = 0.95 * momentum[name] + 0.05 * grad if nesterov else momentum[name]
+            each = []
+            for matrix, weight in zip(matrices_of(name, ahead), matrices_of(name, before), strict=True):
+                inputs, outputs = matrix.shape
+                scale = 0.2 * np.sqrt(max(inputs, outputs)) if rms else np.sqrt(max(1, outputs / inputs))
+                direction = scale * orthogonal(matrix, iterations)
+                shrunk = decay / 2e-2 * weight
+                if cautious:
+                    shrunk = np.where(direction * weight > 0, shrunk, 0)
+                each.append(-2e-2 * (direction + shrunk))
+            found = matrices_of(name, np.asarray(updates["stacks"][name], np.float64))
+            np.testing.assert_allclose(np.array(found), np.array(each), rtol=2e-3, atol=2e-6, err_msg=name)
+        weights = optax.apply_updates(weights, updates)
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 40), power=st.integers(-6, 6), seed=st.integers(0, 2**16)
+)
+def test_singular_values_come_near_one(rows, columns, power, seed):
+    """Of any matrix that is not nearly singular, whatever its scale; the singular vectors stay."""
+    rng = np.random.default_rng(seed)
+    rows, columns = sorted((rows, columns))
+    u, _ = np.linalg.qr(rng.standard_normal((rows, rows)))
+    v, _ = np.linalg.qr(rng.standard_normal((columns, rows)))
+    values = rng.uniform(0.05, 1.0, rows) * 10.0**power
+    made = np.asarray(newton_schulz(jnp.asarray((u * values) @ v.T, jnp.float32)[None], 5))[0]
+    inside = u.T @ made @ v
+    assert np.abs(inside - np.diag(np.diag(inside))).max() < 5e-3
+    assert 0.3 < np.diag(inside).min() and np.diag(inside).max() < 1.35
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        mpt.Config(layers=2, embed=32, heads=4, kv_heads=2, mlp=64, vocab=97, bias=True),
+        gpt2.Config(layers=2, embed=32, heads=4, mlp=64, vocab=97),
+        llama.Config(layers=2, embed=32, heads=4, mlp=64, vocab=97),
+        mixtral.Config(layers=2, embed=32, heads=4, mlp=64, vocab=97),
+    ],
+    ids=["mpt", "gpt2", "llama", "mixtral"],
+)
+def test_the_matrices_of_a_family(config):
+    names = {name.rpartition("/")[2] for name, param in config.build().spec().items() if as_matrices(param)}
+    assert names == {"query", "key", "value", "out", "up", "down"} | ({"gate"} if "gate" in names else set())
+    assert ("gate" in names) == (config.__class__ in (llama.Config, mixtral.Config))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(InputError, match=re.escape("Muon.momentum; expected 0 to below 1; got 1.0")):
+        Muon(momentum=1.0).build(SPEC, 3)
+    with pytest.raises(InputError, match=re.escape("Muon.iterations; expected 1 or more; got 0")):
+        Muon(iterations=0).build(SPEC, 3)
+    with pytest.raises(InputError, match=re.escape("Muon.rms; expected 0 or more; got -0.1")):
+        Muon(rms=-0.1).build(SPEC, 3)
+    bare = Spec({"embed": {"tokens": Param(("vocab", "embed"), ONES)}}, SPEC.dims)
+    with pytest.raises(InputError, match="Muon needs matrices in layers"):
+        Muon().build(bare, 3)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(Mesh(data=1, fsdp=(8,)), marks=pytest.mark.slow),
+        pytest.param(Mesh(data=1, fsdp=(2, 2), tensor=2), marks=pytest.mark.slow),
+        Mesh(data=2, fsdp=(4,), gather="explicit"),
+    ],
+    ids=["fsdp 8", "2 x 2 x tensor 2", "explicit"],
+)
+def test_over_a_mesh_it_is_that_of_one_device(mesh):
+    config = mpt.Config(layers=4, embed=32, heads=4, mlp=64, vocab=64)
+    phase = Phase(seq=16, batch=8, microbatch=8)
+    optimizer = Muon(lr=Cosine(peak=2e-2), weight_decay=1e-3, others=Lion(lr=Cosine(peak=1e-3)))
+    found = []
+    for each, devices in ((Mesh(), 1), (mesh, 8)):
+        program = stepping.program(config.build(), phase, optimizer=optimizer)
+        step = Step(replace(program, heavy=True), stepping.place(each, devices), seed=3)
+        state, compiled = step.init(), step.lower().compile()
+        for number in range(3):
+            batch = stepping.put(step, stepping.rows(phase, 64, number))
+            state, _, metrics = compiled(state, {}, batch, stepping.signals(step))
+        found.append(jax.device_get(state.trainable))
+    for (path, one), many in zip(
+        jax.tree_util.tree_flatten_with_path(found[0])[0], jax.tree.leaves(found[1]), strict=True
+    ):
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=2e-5, err_msg=str(path))
