@@ -38,6 +38,7 @@ WEIGHT_RULES: Rules = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "buckets": "tensor",
     "head_dim": "none",
     "length": "tensor",
     "position": "none",

@@ -10,6 +10,7 @@ al. 2025, arXiv 2502.16982.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,8 +88,40 @@ class Muon(Optimizer):
         return optax.partition({MATRICES: matrices, OTHERS: self.others.build(spec, steps)}, labels)
 
 
-def as_matrices(param: Param) -> tuple[int, int, int] | None:
-    """How many of a weight's axes count matrices, how many are inputs and how many outputs; None: no matrix.
+@dataclass(frozen=True)
+class Matrices:
+    """A weight as matrices: how many of its axes count them, and of which others each side is made.
+
+    `inputs` and `outputs` are numbers of axes; the side `embed` is one axis, the first or the last.
+    """
+
+    leading: int
+    inputs: int
+    outputs: int
+    embed_first: bool
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """How many matrices a weight of this shape holds, their inputs and outputs."""
+        inner = self.leading + self.inputs
+        return (
+            math.prod(shape[: self.leading]),
+            math.prod(shape[self.leading : inner]),
+            math.prod(shape[inner:]),
+        )
+
+    def flat(self, weight: Array) -> Array:
+        """The matrices with `embed` as their rows, [N, E, O]."""
+        matrices = weight.reshape(self.sizes(weight.shape))
+        return matrices if self.embed_first else matrices.transpose(0, 2, 1)
+
+    def shaped(self, matrices_NEO: Array, shape: tuple[int, ...]) -> Array:
+        """The way back."""
+        matrices = matrices_NEO if self.embed_first else matrices_NEO.transpose(0, 2, 1)
+        return matrices.reshape(shape)
+
+
+def as_matrices(param: Param) -> Matrices | None:
+    """How a weight is matrices; None: it is none.
 
     Matrices are the weights of layers that read the residual stream or write to it, by the axis `embed`:
     layers and experts count, and all heads of a projection are one matrix.
@@ -99,10 +132,8 @@ def as_matrices(param: Param) -> tuple[int, int, int] | None:
     if param.layers is None or len(inner) < 2 or "experts" in inner or "vocab" in inner:
         return None
     if inner[0] == "embed":
-        return leading, 1, len(inner) - 1
-    if inner[-1] == "embed":
-        return leading, len(inner) - 1, 1
-    return None
+        return Matrices(leading, 1, len(inner) - 1, True)
+    return Matrices(leading, len(inner) - 1, 1, False) if inner[-1] == "embed" else None
 
 
 class OrthogonalState(NamedTuple):
@@ -139,83 +170,95 @@ def orthogonal(
     weights: Sequence[Array], params: Sequence[Param], muon: Muon, layout: Layout | None
 ) -> list[Array]:
     """Each weight's matrices, their singular values brought near 1, and scaled; those of a shape at once."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    flat = []
-    for number, (weight, param) in enumerate(zip(weights, params, strict=True)):
-        matrices = _flattened(weight, param)
-        flat.append(matrices)
-        groups.setdefault((matrices.shape[1], matrices.shape[2]), []).append(number)
+    forms = [as_matrices(param) for param in params]
+    flat: list[Array] = []
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, (weight, form) in enumerate(zip(weights, forms, strict=True)):
+        assert form is not None, params[number]
+        flat.append(form.flat(weight))
+        groups.setdefault(flat[-1].shape[1:], []).append(number)
     made: dict[int, Array] = {}
     for members in groups.values():
         together = jnp.concatenate([flat[number] for number in members]).astype(muon.dtype)
-        together = _spread(newton_schulz(_spread(together, layout), muon.iterations), layout)
-        cuts = [sum(flat[number].shape[0] for number in members[:end]) for end in range(1, len(members))]
-        for number, part in zip(members, jnp.split(together, cuts), strict=True):
-            made[number] = _shaped(part, weights[number], params[number], muon)
+        spread = Spread.of(params[members[0]], layout)
+        count = together.shape[0]
+        padded = jnp.pad(together, ((0, -count % spread.devices), (0, 0), (0, 0)))
+        done = spread.back(newton_schulz(spread.out(padded), muon.iterations))[:count]
+        ends = list(itertools.accumulate(flat[number].shape[0] for number in members))
+        for number, part in zip(members, jnp.split(done, ends[:-1]), strict=True):
+            form, shape = forms[number], weights[number].shape
+            assert form is not None
+            _, inputs, outputs = form.sizes(shape)
+            # An orthogonal matrix's entries have the root mean square 1 / sqrt(its larger side).
+            scale = muon.rms * max(inputs, outputs) ** 0.5 if muon.rms else max(1.0, outputs / inputs) ** 0.5
+            made[number] = form.shaped((scale * part).astype(weights[number].dtype), shape)
     return [made[number] for number in range(len(weights))]
 
 
 def newton_schulz(x_NRC: Array, iterations: int) -> Array:
     """Matrices with all singular values near 1, and the same singular vectors.
 
-    Shapes: [N, R, C] with R at most C.
+    Shapes: [N, R, C].
     """
     a, b, c = COEFFICIENTS
+    tall = x_NRC.shape[1] > x_NRC.shape[2]
+    if tall:
+        x_NRC = x_NRC.transpose(0, 2, 1)
     x_NRC = x_NRC / (jnp.linalg.norm(x_NRC, axis=(1, 2), keepdims=True) + TINY)
     for _ in range(iterations):
         gram = jnp.einsum("nrc,nsc->nrs", x_NRC, x_NRC)
         x_NRC = a * x_NRC + jnp.einsum("nrs,nsc->nrc", b * gram + c * (gram @ gram), x_NRC)
-    return x_NRC
+    return x_NRC.transpose(0, 2, 1) if tall else x_NRC
 
 
-def _sizes(weight: Array, param: Param) -> tuple[int, int, int]:
-    """How many matrices, and their inputs and outputs."""
-    found = as_matrices(param)
-    assert found is not None, param
-    leading, inputs, _ = found
-    shape = weight.shape
-    return (
-        math.prod(shape[:leading]),
-        math.prod(shape[leading : leading + inputs]),
-        math.prod(shape[leading + inputs :]),
-    )
+@dataclass(frozen=True)
+class Spread:
+    """The way of matrices from where weights rest to devices that have whole ones, and back.
 
+    One mesh axis moves at a time, from a side of the matrices to their count: each is an all-to-all, which
+    sends a device no more than what it keeps.
+    """
 
-def _flattened(weight: Array, param: Param) -> Array:
-    """A weight as matrices that are no higher than wide, [N, R, C]."""
-    count, inputs, outputs = _sizes(weight, param)
-    matrices = weight.reshape(count, inputs, outputs)
-    return matrices if inputs <= outputs else matrices.transpose(0, 2, 1)
+    layout: Layout | None
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, param: Param, layout: Layout | None) -> Spread:
+        """For a weight and others of its shape."""
+        if layout is None or layout.mesh.size == 1:
+            return cls(None)
+        sides = [layout.dim(axis) for axis in param.axes]
+        rows = layout.dim("embed")
+        columns = tuple(name for side in sides for name in side if name not in rows)
+        return cls(layout, rows, columns)
 
-def _shaped(matrices: Array, weight: Array, param: Param, muon: Muon) -> Array:
-    """The way back, scaled."""
-    _, inputs, outputs = _sizes(weight, param)
-    if inputs > outputs:
-        matrices = matrices.transpose(0, 2, 1)
-    # An orthogonal matrix's entries have the root mean square 1 / sqrt(its larger side).
-    scale = muon.rms * max(inputs, outputs) ** 0.5 if muon.rms else max(1.0, outputs / inputs) ** 0.5
-    return (scale * matrices).astype(weight.dtype).reshape(weight.shape)
+    @property
+    def devices(self) -> int:
+        """Over how many devices the matrices go."""
+        return 1 if self.layout is None else self.layout.mesh.size
 
+    def _steps(self) -> list[P]:
+        assert self.layout is not None
+        lead, rows, columns = list[str](), list(self.rows), list(self.columns)
+        steps = [P(None, tuple(rows) or None, tuple(columns) or None)]
+        rest = [name for name in self.layout.mesh.axis_names if name not in (*rows, *columns)]
+        for side in (rows, columns):
+            while side:
+                lead.append(side.pop())
+                steps.append(P(tuple(lead), tuple(rows) or None, tuple(columns) or None))
+        return [*steps, P((*lead, *rest), None, None)] if rest else steps
 
-def _spread(x_NRC: Array, layout: Layout | None) -> Array:
-    """Whole matrices on as many devices as their number divides over; mesh axes left over split columns."""
-    if layout is None or layout.mesh.size == 1:
-        return x_NRC
-    mesh = layout.mesh
-    count, _, columns = x_NRC.shape
-    over: list[str] = []
-    left: list[str] = []
-    for name in mesh.axis_names:
-        size = mesh.shape[name]
-        if size == 1:
-            continue
-        if count % size == 0:
-            over.append(name)
-            count //= size
-        elif columns % size == 0:
-            left.append(name)
-            columns //= size
-    return jax.lax.with_sharding_constraint(
-        x_NRC, NamedSharding(mesh, P(tuple(over) or None, None, tuple(left) or None))
-    )
+    def out(self, x_NEO: Array) -> Array:
+        """Whole matrices on each device."""
+        return self._through(x_NEO, self._steps() if self.layout else [])
+
+    def back(self, x_NEO: Array) -> Array:
+        """Where weights rest."""
+        return self._through(x_NEO, self._steps()[::-1] if self.layout else [])
+
+    def _through(self, x_NEO: Array, steps: list[P]) -> Array:
+        for step in steps:
+            assert self.layout is not None
+            x_NEO = jax.lax.with_sharding_constraint(x_NEO, NamedSharding(self.layout.mesh, step))
+        return x_NEO

@@ -161,9 +161,10 @@ class DecoderLoss:
         """What the layers are told of these rows."""
         if self.packed:
             segments_BL, positions_BL = batch["segments"], batch["positions"]
-            return Context(layout, self.dtypes, positions_BL, segments_BL, keys_B, batch["weights"])
+            given = (positions_BL, segments_BL, keys_B, batch["weights"], batch["tokens"])
+            return Context(layout, self.dtypes, *given)
         positions_BL = jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)[None]
-        return Context(layout, self.dtypes, positions_BL, None, keys_B, batch["weights"])
+        return Context(layout, self.dtypes, positions_BL, None, keys_B, batch["weights"], batch["tokens"])
 
     def terms(self, weights: Any, hidden_BLD: Array, batch: Batch, context: Context) -> TokenLoss:
         """The loss of all positions, `loss.chunk` of them at a time."""

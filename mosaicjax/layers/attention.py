@@ -22,7 +22,7 @@ from mosaicjax.layers.linear import linear
 from mosaicjax.layers.norm import LayerNorm, Norm, spread
 from mosaicjax.layers.position import Position
 from mosaicjax.mesh import BATCH, Layout
-from mosaicjax.spec import ZEROS, Dims, Param
+from mosaicjax.spec import ZEROS, Constant, Dims, Param
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,13 @@ class QkNorm:
 class Attention:
     """Causal self-attention over H query heads that share K key heads (H = K multi-head, 1 multi-query).
 
-    `window` 0, `clip_qkv` 0 and `softcap` 0 mean none; `scale` 0 means 1 / sqrt(head_dim).
+    `window` 0, `clip_qkv` 0 and `softcap` 0 mean none; `scale` 0 means 1 / sqrt(head_dim). `sinks` gives each
+    head a learned logit of a key without a value, so that it may attend to nothing. `value_table` is the
+    number of the model's table (None: none) whose entry for a token is added to its values, times a learned
+    number a key head.
+
+    Source: sinks: Xiao et al. 2023, arXiv 2309.17453, as logits in gpt-oss (OpenAI 2025, arXiv 2508.10925);
+    value embeddings: modded-nanogpt, after Zhou et al. 2024, arXiv 2410.17897.
     """
 
     position: Position = Position()
@@ -54,6 +60,8 @@ class Attention:
     softcap: float = 0.0
     scale: float = 0.0
     bias: bool = False
+    sinks: bool = False
+    value_table: int | None = None
     implementation: Implementation = Implementation.BY_DEVICE
 
     def params(self, init: InitRule, layers: int) -> dict[str, Any]:
@@ -70,6 +78,10 @@ class Attention:
             tree["key_bias"] = Param(("kv_heads", "head_dim"), ZEROS, decay=False)
             tree["value_bias"] = Param(("kv_heads", "head_dim"), ZEROS, decay=False)
             tree["out_bias"] = Param(("embed",), ZEROS, decay=False)
+        if self.sinks:
+            tree["sinks"] = Param(("heads",), ZEROS, decay=False, wide=True)
+        if self.value_table is not None:
+            tree["value_mix"] = Param(("kv_heads",), Constant(0.5), decay=False)
         if self.qk_norm is not None:
             tree["query_norm"] = self.qk_norm.norm.params(self.qk_norm.axes("heads"))
             tree["key_norm"] = self.qk_norm.norm.params(self.qk_norm.axes("kv_heads"))
@@ -113,15 +125,15 @@ class Attention:
             q_BLHC = self.position.rotate(q_BLHC, context.positions_BL, context.lengths(context.segments_BL))
             k_BTKC = self.position.rotate(k_BTKC, held.positions_BT, context.lengths(held.segments_BT))
         if held.stored is not None and not late:
-            mixed_BLHC = self.attend_one(q_BLHC[:, 0], held.stored, context)[:, None]
+            mixed_BLHC = self.attend_one(q_BLHC[:, 0], held.stored, context, weights.get("sinks"))[:, None]
         else:
-            mixed_BLHC = self.attend(q_BLHC, replace(held, k_BTKC=k_BTKC), context)
+            mixed_BLHC = self.attend(q_BLHC, replace(held, k_BTKC=k_BTKC), context, weights.get("sinks"))
         out_BLD = linear(mixed_BLHC, weights["out"], 2)
         if self.bias:
             out_BLD = out_BLD + spread(weights["out_bias"], out_BLD)
         return out_BLD, kv.carried()
 
-    def attend(self, q_BLHC: Array, held: Held, context: Context) -> Array:
+    def attend(self, q_BLHC: Array, held: Held, context: Context, sinks_H: Array | None = None) -> Array:
         """What the kernel makes of queries, keys and values: each device works on its rows and heads.
 
         Raises:
@@ -134,7 +146,7 @@ class Attention:
         def run(
             q_BLHC: Array, k_BTKC: Array, v_BTKC: Array, slopes: Array | None, *rest: Array | None
         ) -> Array:
-            offset, q_segments, kv_segments = rest
+            sinks, offset, q_segments, kv_segments = rest
             out = flash_attention(
                 q_BLHC,
                 k_BTKC,
@@ -146,6 +158,7 @@ class Attention:
                 q_segments=q_segments,
                 kv_segments=kv_segments,
                 q_offset=held.offset if offset is None else offset,
+                sinks=sinks,
                 implementation=how,
                 chip=chip,
             )
@@ -154,7 +167,16 @@ class Attention:
 
         traced = None if isinstance(held.offset, int) else held.offset
         slopes = self.position.slopes(q_BLHC.shape[2])
-        arrays = (q_BLHC, held.k_BTKC, held.v_BTKC, slopes, traced, context.segments_BL, held.segments_BT)
+        arrays = (
+            q_BLHC,
+            held.k_BTKC,
+            held.v_BTKC,
+            slopes,
+            sinks_H,
+            traced,
+            context.segments_BL,
+            held.segments_BT,
+        )
         if layout.mesh.size == 1 and not layout.manual:
             return run(*arrays)
         shards = _Shards.of(layout, q_BLHC.shape[2], held.k_BTKC.shape[2])
@@ -167,13 +189,16 @@ class Attention:
         keys = P(*shards.row, None, shards.kv_heads or None, None)
         numbers = (
             P(shards.heads or None),
+            P(shards.heads or None),
             P(*shards.row),
             lines(context.segments_BL),
             lines(held.segments_BT),
         )
         return shards.run(run, arrays, (queries, keys, keys, *numbers), queries)
 
-    def attend_one(self, q_BHC: Array, stored: Stored, context: Context) -> Array:
+    def attend_one(
+        self, q_BHC: Array, stored: Stored, context: Context, sinks_H: Array | None = None
+    ) -> Array:
         """The same for one query a sequence, [B, H, C], by the kernel that reads a cache where it lies.
 
         Raises:
@@ -184,7 +209,13 @@ class Attention:
         how = self.implementation.on(platform)
 
         def run(
-            q_BHC: Array, k: Array, v: Array, slopes: Array | None, lengths_B: Array, layer: Array
+            q_BHC: Array,
+            k: Array,
+            v: Array,
+            slopes: Array | None,
+            sinks: Array | None,
+            lengths_B: Array,
+            layer: Array,
         ) -> Array:
             return decode_attention(
                 q_BHC,
@@ -196,19 +227,21 @@ class Attention:
                 window=self.window,
                 softcap=self.softcap,
                 alibi_slopes=slopes,
+                sinks=sinks,
                 implementation=how,
                 chip=chip,
             )
 
         layer = jnp.asarray(stored.layer, jnp.int32)
         slopes = self.position.slopes(q_BHC.shape[1])
-        arrays = (q_BHC, stored.k_NBKTC, stored.v_NBKTC, slopes, stored.lengths_B, layer)
+        arrays = (q_BHC, stored.k_NBKTC, stored.v_NBKTC, slopes, sinks_H, stored.lengths_B, layer)
         if layout.mesh.size == 1 and not layout.manual:
             return run(*arrays)
         shards = _Shards.of(layout, q_BHC.shape[1], stored.k_NBKTC.shape[2])
         queries = P(*shards.row, shards.heads or None, None)
         cache = P(None, *shards.row, shards.kv_heads or None, None, None)
-        numbers = (P(shards.heads or None), P(*shards.row), P())
+        heads = P(shards.heads or None)
+        numbers = (heads, heads, P(*shards.row), P())
         return shards.run(run, arrays, (queries, cache, cache, *numbers), queries)
 
     def project(self, weights: dict[str, Any], x_BLD: Array, context: Context) -> tuple[Array, Array, Array]:
@@ -218,6 +251,9 @@ class Attention:
             y_BLHC = linear(x_BLD, weights[name])
             if self.bias:
                 y_BLHC = y_BLHC + spread(weights[f"{name}_bias"], y_BLHC)
+            if name == "value" and self.value_table is not None:
+                mix_K1 = weights["value_mix"][:, None]
+                y_BLHC = y_BLHC + mix_K1[None, None] * context.values[self.value_table]
             if self.clip_qkv:
                 y_BLHC = jnp.clip(y_BLHC, -self.clip_qkv, self.clip_qkv)
             if self.qk_norm is not None and name != "value":

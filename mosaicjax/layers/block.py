@@ -14,16 +14,41 @@ from mosaicjax.layers.inits import InitRule
 from mosaicjax.layers.mlp import Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm
 from mosaicjax.layers.routing import RouterSums
+from mosaicjax.spec import Constant, Param
+
+
+@dataclass(frozen=True)
+class StreamScales:
+    """Learned numbers of each layer: it reads `keep * x + first * x_0`, x_0 the stream before any layer.
+
+    Source: modded-nanogpt's residual and input-skip scalars, https://github.com/KellerJordan/modded-nanogpt.
+    """
+
+    keep: float = 1.0
+    first: float = 0.0
+
+    def params(self) -> dict[str, Any]:
+        """Weights of one layer, and where they start."""
+        return {name: Param((), Constant(start), decay=False) for name, start in vars(self).items()}
+
+    def apply(self, weights: dict[str, Any], x_BLD: Array, context: Context) -> Array:
+        """The layer's input, [B, L, D]."""
+        assert context.first_BLD is not None
+        return weights["keep"] * x_BLD + weights["first"] * context.first_BLD
 
 
 @dataclass(frozen=True)
 class Block:
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each addend dropped out in training."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each addend dropped out in training.
+
+    `scales` come before both.
+    """
 
     attention: Attention = Attention()
     mlp: Mlp = Mlp()
     norm: Norm = LayerNorm(bias=False)
     dropout: float = 0.0
+    scales: StreamScales | None = None
 
     @property
     def read_by_stream(self) -> tuple[str, ...]:
@@ -41,7 +66,13 @@ class Block:
             "attention": self.attention.params(init, layers),
             "mlp_norm": self.norm.params(("embed",)),
             "mlp": self.mlp.params(init, layers),
-        }
+        } | ({"scales": self.scales.params()} if self.scales else {})
+
+    def scaled(self, weights: dict[str, Any], x_BLD: Array, context: Context) -> Array:
+        """What the layer reads."""
+        if self.scales is None:
+            return x_BLD
+        return context.constrain(self.scales.apply(weights["scales"], x_BLD, context))
 
     def apply(
         self, weights: dict[str, Any], x_BLD: Array, context: Context, kv: KV, layer: Array | int
@@ -50,6 +81,7 @@ class Block:
 
         Shapes: x and the result [B, L, D]; weights are whole and in the compute dtype.
         """
+        x_BLD = self.scaled(weights, x_BLD, context)
         with jax.named_scope("attention"):
             normed = context.whole(self.norm.apply(weights["attention_norm"], x_BLD, context.dtypes))
             mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
@@ -88,6 +120,7 @@ class ParallelBlock(Block):
         self, weights: dict[str, Any], x_BLD: Array, context: Context, kv: KV, layer: Array | int
     ) -> tuple[Array, KV, RouterSums | None]:
         """See `Block.apply`."""
+        x_BLD = self.scaled(weights, x_BLD, context)
         first = "norm" if self.shared_norm else "attention_norm"
         with jax.named_scope("attention"):
             normed = context.whole(self.norm.apply(weights[first], x_BLD, context.dtypes))

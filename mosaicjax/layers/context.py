@@ -23,7 +23,12 @@ class Context:
 
     Within a segment tokens follow one another, and positions count them: attention goes by places in the row.
 
-    Shapes: `positions_BL` and `segments_BL` [B or 1, L]; segments None means one segment without padding.
+    What layers read of the tokens themselves: `first_BLD` is the residual stream before the first layer,
+    `values` the value tables' entries of each token, `before_B` the tokens before the rows' first ones, where
+    they go on from others. `tokens_BL` is what the model makes them of.
+
+    Shapes: `positions_BL` and `segments_BL` [B or 1, L]; segments None means one segment without padding;
+    `values` [B, L, K, C] each.
     """
 
     layout: Layout
@@ -32,6 +37,10 @@ class Context:
     segments_BL: Array | None = None
     keys_B: Array | None = None
     weights_BL: Array | None = None
+    tokens_BL: Array | None = None
+    before_B: Array | None = None
+    first_BLD: Array | None = None
+    values: tuple[Array, ...] = ()
 
     def counted(self, rows: tuple[int, ...]) -> Array:
         """Which tokens statistics are made of: no padding, and no rows without weight.

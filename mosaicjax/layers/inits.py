@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mosaicjax.spec import FanIn, Init, Normal
+from mosaicjax.spec import ZEROS, FanIn, Init, Normal
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class InitRule:
 
     With `divide_residual`, projections into the residual stream are divided by sqrt(2 x layers), so that
     the stream's variance does not grow with depth. `embed_std` 0 gives embeddings the rule of matrices.
+    `zero_residual` starts those projections at zero instead, so that every layer begins as the identity.
 
     Source: llm-foundry `init_div_is_residual`, `emb_init_std`; GPT-2, section 2.3.
     """
@@ -20,6 +21,7 @@ class InitRule:
     std: float = 0.02
     divide_residual: bool = True
     embed_std: float = 0.0
+    zero_residual: bool = False
 
     def matrix(self, fan_in: tuple[str, ...], scale: float = 1.0) -> Init:
         """The init of a matrix whose product sums over the axes `fan_in`, times `scale`."""
@@ -27,6 +29,8 @@ class InitRule:
 
     def residual(self, fan_in: tuple[str, ...], layers: int) -> Init:
         """The init of a projection into the residual stream of a model with so many layers."""
+        if self.zero_residual:
+            return ZEROS
         return self.matrix(fan_in, scale=(2 * layers) ** -0.5 if self.divide_residual else 1.0)
 
     def embedding(self) -> Init:
@@ -61,4 +65,6 @@ class SmallInit(InitRule):
 
     def residual(self, fan_in: tuple[str, ...], layers: int) -> Init:
         """See `InitRule.residual`."""
+        if self.zero_residual:
+            return ZEROS
         return FanIn(("embed",), 2 / layers) if self.divide_residual else self.matrix(fan_in)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -27,10 +28,14 @@ class Activation(Enum):
     GELU_TANH = "gelu_tanh"
     SILU = "silu"
     RELU = "relu"
+    RELU_SQUARED = "relu_squared"
     SIGMOID = "sigmoid"
 
     def apply(self, x: Array) -> Array:
-        """Elementwise; GELU is exact (by erf), GELU_TANH its tanh approximation."""
+        """Elementwise; GELU is exact (by erf), GELU_TANH its tanh approximation.
+
+        Source: RELU_SQUARED: So et al. 2021 (Primer), arXiv 2109.08668.
+        """
         match self:
             case Activation.GELU:
                 return from_inputs(partial(jax.nn.gelu, approximate=False), x)
@@ -40,6 +45,8 @@ class Activation(Enum):
                 return from_inputs(jax.nn.silu, x)
             case Activation.RELU:
                 return jax.nn.relu(x)
+            case Activation.RELU_SQUARED:
+                return from_inputs(lambda x: jnp.square(jax.nn.relu(x)), x)
             case Activation.SIGMOID:
                 return jax.nn.sigmoid(x)
 

@@ -27,13 +27,16 @@ class Cache:
     The token at position p lies in slot p, so that a slot's number is its position. The first `lengths_B`
     slots of each sequence hold its tokens, those of the call under way among them; all others are segment 0.
 
+    `last_B` is the last of those tokens.
+
     Shapes: k and v [N, B, K, T, C], T slots, the order in which attention multiplies them: in any other, each
-    step would copy all it reads. Lengths int32 [B].
+    step would copy all it reads. Lengths and tokens int32 [B].
     """
 
     k_NBKTC: Array
     v_NBKTC: Array
     lengths_B: Array
+    last_B: Array
 
     def append(self, layer: Array | int, k_BLKC: Array, v_BLKC: Array, context: Context) -> Cache:
         """See `KV.append`: L slots of each sequence from the position of its first row on."""
@@ -81,6 +84,7 @@ def empty_caches(decoder: Decoder, lengths_B: Array, slots: int, layout: Layout,
             _placed(jnp.zeros((layers.count, *rows), dtypes.compute), layout),
             _placed(jnp.zeros((layers.count, *rows), dtypes.compute), layout),
             lengths_B,
+            jnp.zeros_like(lengths_B),
         )
         for _, _, _, layers in decoder.blocks()
     )
@@ -103,13 +107,14 @@ def prefill(
     assert length <= slots, (length, slots)
     positions_BL = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens_BL.shape)
     segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
-    context = Context(layout, dtypes, positions_BL, segments_BL)
+    context = Context(layout, dtypes, positions_BL, segments_BL, tokens_BL=tokens_BL)
     # The prompts see caches of their own length: empty slots would cost as much attention as filled ones.
     caches = empty_caches(decoder, lengths_B, length, layout, dtypes)
     hidden_BLD, caches = _forward(decoder, weights, tokens_BL, context, caches)
     last_BLD = jnp.take_along_axis(hidden_BLD, lengths_B[:, None, None] - 1, axis=1)
     logits_BLV = decoder.logits(decoder.head(weights, context), last_BLD, context)
-    return logits_BLV[:, 0], tuple(cache.grown(slots, layout) for cache in caches)
+    end_B = jnp.take_along_axis(tokens_BL, lengths_B[:, None] - 1, axis=1)[:, 0]
+    return logits_BLV[:, 0], tuple(replace(cache.grown(slots, layout), last_B=end_B) for cache in caches)
 
 
 def decode_step(
@@ -121,8 +126,15 @@ def decode_step(
     updated in place.
     """
     positions_BL = caches[0].lengths_B[:, None]
-    context = Context(layout, dtypes, positions_BL, jnp.ones_like(positions_BL))
-    caches = tuple(replace(cache, lengths_B=cache.lengths_B + 1) for cache in caches)
+    context = Context(
+        layout,
+        dtypes,
+        positions_BL,
+        jnp.ones_like(positions_BL),
+        tokens_BL=tokens_B[:, None],
+        before_B=caches[0].last_B,
+    )
+    caches = tuple(replace(cache, lengths_B=cache.lengths_B + 1, last_B=tokens_B) for cache in caches)
     hidden_BLD, caches = _forward(decoder, weights, tokens_B[:, None], context, caches)
     return decoder.logits(decoder.head(weights, context), hidden_BLD, context)[:, 0], caches
 

@@ -23,8 +23,14 @@ from mosaicjax.layers.mlp import Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm, spread
 from mosaicjax.layers.position import Position
 from mosaicjax.layers.routing import RouterSums, Routing, joined
+from mosaicjax.layers.token_inputs import TokenInput, Tokens, tokens_before
 from mosaicjax.mesh import BATCH, GATHERED, gather_tree
 from mosaicjax.spec import LAYER_KEY, ZEROS, Dims, Layers, Param, Spec, at_least_float32, stacked
+
+VALUES = "values"
+"""Of the names of value tables."""
+VALUE_DIM = "sharded/values"
+"""The values of all key heads together."""
 
 
 class Remat(Enum):
@@ -141,8 +147,10 @@ class Decoder:
     """A decoder-only transformer.
 
     `stacks` run one after the other (a dense first layer is a stack of its own). `logit_scale` 1 and
-    `softcap` 0 leave the logits alone; `embedding_fraction` below 1 lets only that share of the gradient
-    reach the embeddings; `tied` reads logits off the embedding table; `head_bias` adds a bias to them.
+    `softcap` 0 leave the logits alone; `inputs` are added to the embeddings in turn, `value_tables` is how
+    many tables of value embeddings layers may name; `embedding_fraction` below 1 lets only that share of the
+    gradient reach the embeddings; `tied` reads logits off the embedding table; `head_bias` adds a bias to
+    them.
 
     Source: llm-foundry `MPTConfig` for the knobs; GLM-130B section 2.2 for `embedding_fraction`.
     """
@@ -158,6 +166,8 @@ class Decoder:
     softcap: float = 0.0
     embedding_fraction: float = 1.0
     embed_dropout: float = 0.0
+    inputs: tuple[TokenInput, ...] = ()
+    value_tables: int = 0
     remat: Remat = Remat.NONE
 
     @property
@@ -200,6 +210,9 @@ class Decoder:
             "stacks": [[{} for _ in stack.block] for stack in self.stacks],
             "norm": self.norm.params(("embed",)),
         }
+        tree["embed"] |= {part.name: part.params() for part in self.inputs}
+        values = Param(("vocab", VALUE_DIM), self.init.matrix(("embed",)))
+        tree["embed"] |= {f"{VALUES}{number}": values for number in range(self.value_tables)}
         for s, b, block, layers in self.blocks():
             tree["stacks"][s][b] = {LAYER_KEY: stacked(block.params(self.init, self.layers), layers)}
         if not self.tied:
@@ -225,6 +238,14 @@ class Decoder:
             block.mlp.check(self.dims)
             if not 0 <= block.dropout < 1:
                 raise InputError("residual dropout", expected="0 to below 1", got=block.dropout)
+            if block.attention.value_table not in (None, *range(self.value_tables)):
+                raise InputError(
+                    "attention value_table",
+                    expected=f"None, or the number of one of {self.value_tables} tables",
+                    got=block.attention.value_table,
+                )
+        if len({part.name for part in self.inputs}) < len(self.inputs):
+            raise InputError("inputs of the model", expected="each kind once", got=self.inputs)
         self.norm.check()
         self.position.check(length, self.dims["head_dim"])
         if not 0 < self.embedding_fraction <= 1:
@@ -238,7 +259,14 @@ class Decoder:
 
     def embed(self, weights: Any, tokens_BL: Array, context: Context) -> Array:
         """Tokens as the first state of the residual stream, [B, L, D]."""
-        table = gather_tree(weights["embed"], self.spec().tree["embed"], context.layout, context.dtypes)
+        params = self.spec().tree["embed"]
+        read = [name for name in params if not name.startswith(VALUES)]
+        table = gather_tree(
+            {name: weights["embed"][name] for name in read},
+            {name: params[name] for name in read},
+            context.layout,
+            context.dtypes,
+        )
         # Its transpose keeps the scatter of gradients whole along embed; else the compiler would split that
         # dim first, and for it copy the residual stream's gradient to every device.
         tokens_VD = context.layout.constrain(table["tokens"], "vocab", None)
@@ -246,11 +274,38 @@ class Decoder:
         x_BLD = context.layout.constrain(
             jnp.take(tokens_VD, tokens_BL, axis=0, mode="clip"), BATCH, None, None
         )
+        if self.inputs:
+            x_BLD = self._with_inputs(table, tokens_VD, x_BLD, tokens_BL, context)
         x_BLD = self.position.embed(table, x_BLD, context.positions_BL)
         if self.embedding_fraction != 1.0:
             share = self.embedding_fraction
             x_BLD = x_BLD * share + jax.lax.stop_gradient(x_BLD) * (1.0 - share)
         return context.constrain(dropout(x_BLD, self.embed_dropout, context.for_layer(0), place=0))
+
+    def _with_inputs(
+        self, table: Any, tokens_VD: Array, x_BLD: Array, tokens_BL: Array, context: Context
+    ) -> Array:
+        """The embeddings with what `inputs` add."""
+        before_BL = tokens_before(tokens_BL, context)
+        before_BLD = jnp.take(tokens_VD, jnp.maximum(before_BL, 0), axis=0, mode="clip")
+        before_BLD = jnp.where(before_BL[..., None] >= 0, before_BLD, jnp.zeros_like(before_BLD))
+        of = Tokens(tokens_BL, before_BL, context.layout.constrain(before_BLD, BATCH, None, None))
+        for part in self.inputs:
+            x_BLD = part.apply(table[part.name], x_BLD, of, context)
+        return x_BLD
+
+    def _value_tables(self, weights: Any, context: Context) -> tuple[Array, ...]:
+        """Each table's entries for the tokens, [B, L, K, C]."""
+        assert context.tokens_BL is not None
+        tree, found = self.spec().tree["embed"], []
+        for number in range(self.value_tables):
+            name = f"{VALUES}{number}"
+            whole = gather_tree(weights["embed"][name], tree[name], context.layout, context.dtypes)
+            whole = context.layout.constrain(whole, "vocab", None)
+            entries = jnp.take(whole, context.tokens_BL, axis=0, mode="clip")
+            by_head = entries.reshape(*entries.shape[:2], self.dims["kv_heads"], self.dims["head_dim"])
+            found.append(context.layout.constrain(by_head, BATCH, None, "kv_heads", None))
+        return tuple(found)
 
     def hidden(
         self,
@@ -267,6 +322,7 @@ class Decoder:
         Shapes: x [B, L, D], already embedded.
         """
         embed_rms = _rms(x_BLD) if measure else None
+        context = replace(context, first_BLD=x_BLD, values=self._value_tables(weights, context))
         kept: list[KV] = list(kv) if kv is not None else []
         rms: list[Array] = []
         routed: list[tuple[int, Mlp, RouterSums]] = []

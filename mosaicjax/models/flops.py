@@ -115,7 +115,7 @@ def _products(param: Param, dims: object) -> int:
 
 def _by_expert(param: Param) -> bool:
     """Whether each expert has a slice of a weight."""
-    return param.axes[0] == "experts"
+    return param.axes[:1] == ("experts",)
 
 
 def _met(name: str, param: Param, decoder: Decoder) -> float:
@@ -127,4 +127,4 @@ def _met(name: str, param: Param, decoder: Decoder) -> float:
 
 
 def _looked_up(name: str, decoder: Decoder) -> bool:
-    return name == "embed/positions" or (name == "embed/tokens" and not decoder.tied)
+    return name.startswith("embed/") and not (name == "embed/tokens" and decoder.tied)

@@ -5,6 +5,7 @@ Source: llm-foundry `MPTConfig`, `attention_config_defaults`, `ffn_config_defaul
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -16,8 +17,9 @@ from mosaicjax.layers.mlp import Glu, Mlp
 from mosaicjax.layers.moe import Moe
 from mosaicjax.layers.norm import LayerNorm, Norm, RmsNorm
 from mosaicjax.layers.position import Alibi, Learned, Position, Rotary
+from mosaicjax.layers.token_inputs import TokenInput
 from mosaicjax.models import mpt_hf
-from mosaicjax.models.decoder import Decoder, Remat, Stack
+from mosaicjax.models.decoder import VALUE_DIM, Decoder, Remat, Stack
 from mosaicjax.models.family import Family
 from mosaicjax.models.hf_config import HfConfig, refuse_others
 from mosaicjax.models.names import Names
@@ -32,7 +34,8 @@ class Config(Family):
     sliding windows in turn (0: none). Zero turns `clip_qkv`, the softcaps and `softmax_scale` off.
     `attention` may be a class of one's own: the knobs here are put into it. With `ffn` a `Moe`, `experts` is
     how many it chooses from, each with a hidden layer of `mlp`. `bias` gives attention and MLP their biases;
-    the norm says its own.
+    the norm says its own. `block` may have knobs that are not here, `inputs` are added to the embeddings, and
+    layers take `value_tables` value embeddings in turn (0: none).
     """
 
     layers: int = 24
@@ -59,6 +62,9 @@ class Config(Family):
     embedding_fraction: float = 1.0
     residual_dropout: float = 0.0
     embed_dropout: float = 0.0
+    block: Block = Block()
+    inputs: tuple[TokenInput, ...] = ()
+    value_tables: int = 0
     init: InitRule = Kaiming()
     remat: Remat = Remat.NONE
 
@@ -75,8 +81,10 @@ class Config(Family):
             "head_dim": self.head_dim or self.embed // max(self.heads, 1),
             "mlp": self.mlp,
             "vocab": self.vocab,
-        } | ({"experts": self.experts} if self.experts else {})
-        return join_dims(sizes, self.position.dims)
+        }
+        sizes |= {"experts": self.experts} if self.experts else {}
+        sizes |= {VALUE_DIM: sizes["kv_heads"] * sizes["head_dim"]} if self.value_tables else {}
+        return join_dims(sizes, self.position.dims, *(part.dims for part in self.inputs))
 
     def build(self) -> Decoder:
         """The decoder.
@@ -100,12 +108,21 @@ class Config(Family):
         if self.experts and not isinstance(self.ffn, Moe):
             raise InputError("experts in a model without them", got=self.experts, fix="ffn=Moe(...), or 0")
         learned = isinstance(self.position, Learned)
+        turn = math.lcm(len(self.windows), max(self.value_tables, 1))
+        if self.layers % turn or self.value_tables < 0:
+            raise InputError(
+                "value tables are taken in turn",
+                expected=f"0, or a number of them that divides {self.layers} layers with the windows",
+                got=self.value_tables,
+            )
         blocks = tuple(
-            Block(
+            replace(
+                self.block,
                 attention=replace(
                     self.attention,
                     position=Position() if learned else self.position,
-                    window=window,
+                    window=self.windows[layer % len(self.windows)],
+                    value_table=layer % self.value_tables if self.value_tables else None,
                     qk_norm=self.qk_norm,
                     clip_qkv=self.clip_qkv,
                     softcap=self.attention_softcap,
@@ -116,7 +133,7 @@ class Config(Family):
                 norm=self.norm,
                 dropout=self.residual_dropout,
             )
-            for window in self.windows
+            for layer in range(turn)
         )
         return Decoder(
             dims=self.dims(),
@@ -129,6 +146,8 @@ class Config(Family):
             softcap=self.logit_softcap,
             embedding_fraction=self.embedding_fraction,
             embed_dropout=self.embed_dropout,
+            inputs=self.inputs,
+            value_tables=self.value_tables,
             remat=self.remat,
         )
 
@@ -242,6 +261,15 @@ class Config(Family):
         Raises:
             InputError: with the knob.
         """
+        refuse_others(
+            "MPT",
+            {
+                "block": (self.block, Block()),
+                "inputs": (self.inputs, ()),
+                "value_tables": (self.value_tables, 0),
+                "attention.sinks": (self.attention.sinks, False),
+            },
+        )
         norms: set[type] = {LayerNorm, RmsNorm}
         known: dict[str, tuple[object, set[type]]] = {
             "attention": (self.attention, {Attention}),

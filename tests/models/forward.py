@@ -31,7 +31,8 @@ def context(tokens, positions=None, segments=None, dtypes=FLOAT32):
     if positions is None:
         positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
     segments = None if segments is None else jnp.asarray(segments, jnp.int32)
-    return Context(one_device(), dtypes, jnp.asarray(positions, jnp.int32), segments)
+    where = (jnp.asarray(positions, jnp.int32), segments)
+    return Context(one_device(), dtypes, *where, tokens_BL=jnp.asarray(tokens, jnp.int32))
 
 
 def logits_from(decoder, weights, x_BLD, where):

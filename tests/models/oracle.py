@@ -26,19 +26,52 @@ def logits(config, weights, tokens, positions=None, segments=None):
 
 
 def row_logits(config, weights, row, positions, segments):
-    x = np.asarray(weights["embed"]["tokens"], np.float64)[row]
+    table = np.asarray(weights["embed"]["tokens"], np.float64)
+    x = with_inputs(config, weights["embed"], table, row, positions)
     if isinstance(config.position, Learned):
         x = x + np.asarray(weights["embed"]["positions"], np.float64)[positions]
+    first = x
+    turn = len(weights["stacks"][0])
     for n in range(config.layers):
         window = config.windows[n % len(config.windows)]
-        layer = take_layer(weights["stacks"][0][n % len(config.windows)]["layer"], n // len(config.windows))
+        layer = take_layer(weights["stacks"][0][n % turn]["layer"], n // turn)
+        if config.block.scales is not None:
+            x = layer["scales"]["keep"] * x + layer["scales"]["first"] * first
+        extra = None
+        if config.value_tables:
+            entries = np.asarray(weights["embed"][f"values{n % config.value_tables}"], np.float64)[row]
+            mix = layer["attention"]["value_mix"]
+            extra = mix[:, None] * entries.reshape(len(row), len(mix), -1)
         normed = norm(config.norm, layer["attention_norm"], x)
-        x = x + attend(config, layer["attention"], normed, positions, segments, window)
+        x = x + attend(config, layer["attention"], normed, positions, segments, window, extra)
         x = x + feed_forward(config, layer["mlp"], norm(config.norm, layer["mlp_norm"], x))
     x = norm(config.norm, weights["norm"], x)
     table = weights["embed"]["tokens"] if config.tied else weights["head"]
     scores = x @ np.asarray(table, np.float64).T * config.logit_scale
     return config.logit_softcap * np.tanh(scores / config.logit_softcap) if config.logit_softcap else scores
+
+
+def with_inputs(config, weights, table, row, positions):
+    """The embeddings of a row, with what pairs of neighbours add."""
+    made = [table[token].copy() for token in row]
+    kinds = [type(part).__name__ for part in config.inputs]
+    for kind in kinds:
+        for at, token in enumerate(row):
+            before = int(row[at - 1]) if positions[at] > 0 else None
+            if kind == "Smear" and before is not None:
+                gate = 1 / (1 + math.exp(-float(made[at] @ weights["smear"]["gate"].astype(np.float64))))
+                made[at] = made[at] + weights["smear"]["scale"].astype(np.float64) * gate * table[before]
+            if kind == "Bigram":
+                buckets = config.inputs[kinds.index(kind)].buckets
+                pair = bucket(0 if before is None else before + 1, int(token), buckets)
+                made[at] = made[at] + weights["bigram"]["table"][pair].astype(np.float64)
+    return np.array(made)
+
+
+def bucket(before, token, buckets):
+    mixed = (before * 0x85EBCA6B ^ token * 0xC2B2AE35) % 2**32
+    mixed = (mixed ^ mixed >> 15) * 0x85EBCA6B % 2**32
+    return (mixed ^ mixed >> 13) % buckets
 
 
 def take_layer(tree, n):
@@ -59,10 +92,12 @@ def norm(kind, weights, x, dims=1):
     return out + np.asarray(weights["bias"], np.float64) if "bias" in weights else out
 
 
-def project(config, weights, name, x):
+def project(config, weights, name, x, extra=None):
     out = np.tensordot(x, weights[name], axes=1)
     if config.bias:
         out = out + weights[f"{name}_bias"]
+    if extra is not None:
+        out = out + extra
     if config.clip_qkv:
         out = np.minimum(np.maximum(out, -config.clip_qkv), config.clip_qkv)
     if config.qk_norm is not None and name != "value":
@@ -72,8 +107,11 @@ def project(config, weights, name, x):
     return out
 
 
-def attend(config, weights, x, positions, segments, window):
-    queries, keys, values = (project(config, weights, name, x) for name in ("query", "key", "value"))
+def attend(config, weights, x, positions, segments, window, extra):
+    queries, keys, values = (
+        project(config, weights, name, x, extra if name == "value" else None)
+        for name in ("query", "key", "value")
+    )
     heads, size = queries.shape[1:]
     group = heads // keys.shape[1]
     if isinstance(config.position, Rotary):
@@ -102,7 +140,8 @@ def attend(config, weights, x, positions, segments, window):
                 scores.append(score)
             if seen:
                 shares = np.exp(np.array(scores) - max(scores))
-                mixed[at, h] = shares / shares.sum() @ values[seen, h // group]
+                sink = math.exp(float(weights["sinks"][h]) - max(scores)) if config.attention.sinks else 0.0
+                mixed[at, h] = shares / (shares.sum() + sink) @ values[seen, h // group]
     out = np.tensordot(mixed, weights["out"], axes=2)
     return out + weights["out_bias"] if config.bias else out
 
@@ -154,6 +193,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "relu": lambda x: np.where(x > 0, x, 0),
+    "relu_squared": lambda x: np.where(x > 0, x, 0) ** 2,
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
 }
 

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosaicjax.layers.attention import QkNorm
+from mosaicjax.layers.attention import Attention, QkNorm
+from mosaicjax.layers.block import Block, StreamScales
 from mosaicjax.layers.context import Context
 from mosaicjax.layers.mlp import Activation, Glu, Mlp
 from mosaicjax.layers.norm import LayerNorm, RmsNorm
 from mosaicjax.layers.position import Alibi, DynamicScaling, Learned, LinearScaling, Position, Rotary
+from mosaicjax.layers.token_inputs import Bigram, Smear
 from mosaicjax.mesh import BATCH, Mesh, shardings
 from mosaicjax.models import mpt
 from mosaicjax.models.decode import NOT_FINITE, Choice, choose, decode_step, prefill, sequence_keys
@@ -69,7 +71,8 @@ def generated(programs, weights, tokens, lengths, steps=STEPS):
 
 def recomputed(decoder, weights, layout, tokens):
     """Logits [B, L, V] of whole rows, as in training: no cache, no padding."""
-    context = Context(layout, DTYPES, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    context = Context(layout, DTYPES, positions, tokens_BL=jnp.asarray(tokens, jnp.int32))
 
     @jax.jit
     def run(weights, tokens):
@@ -124,6 +127,10 @@ CONFIGS = st.builds(
     logit_scale=st.sampled_from([1.0, 0.5]),
     bias=st.booleans(),
     tied=st.booleans(),
+    attention=st.builds(Attention, sinks=st.booleans()),
+    block=st.sampled_from([Block(), Block(scales=StreamScales(keep=0.8, first=0.3))]),
+    inputs=st.sampled_from([(), (Smear(), Bigram(50))]),
+    value_tables=st.sampled_from([0, 2]),
 )
 
 

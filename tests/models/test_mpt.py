@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaicjax.errors import InputError
-from mosaicjax.layers.attention import QkNorm
+from mosaicjax.layers.attention import Attention, QkNorm
+from mosaicjax.layers.block import Block, StreamScales
 from mosaicjax.layers.mlp import Activation, Glu, Mlp
 from mosaicjax.layers.norm import LayerNorm, RmsNorm
 from mosaicjax.layers.position import (
@@ -23,6 +24,7 @@ from mosaicjax.layers.position import (
     RopeScaling,
     Rotary,
 )
+from mosaicjax.layers.token_inputs import Bigram, Smear
 from mosaicjax.models import mpt
 from mosaicjax.models.decoder import Remat
 from tests.models import forward, oracle
@@ -89,6 +91,12 @@ KNOBS = {
     "untied": ({"tied": False}, BASE),
     "logit_scale": ({"logit_scale": 0.3}, BASE),
     "logit_softcap": ({"logit_softcap": 2.0}, BASE),
+    "smear": ({"inputs": (Smear(),)}, BASE),
+    "bigram": ({"inputs": (Bigram(50),)}, BASE),
+    "stream scales": ({"block": Block(scales=StreamScales())}, BASE),
+    "sinks": ({"attention": Attention(sinks=True)}, BASE),
+    "value tables": ({"value_tables": 1}, BASE),
+    "value tables in turn": ({"value_tables": 2}, replace(BASE, value_tables=1)),
 }
 
 
@@ -165,6 +173,10 @@ def configs(draw):
         logit_scale=draw(st.sampled_from([1.0, 0.5])),
         logit_softcap=draw(st.sampled_from([0.0, 3.0])),
         embedding_fraction=draw(st.sampled_from([1.0, 0.1])),
+        attention=Attention(sinks=draw(st.booleans())),
+        block=Block(scales=draw(st.sampled_from([None, StreamScales()]))),
+        inputs=draw(st.sampled_from([(), (Smear(),), (Bigram(20), Smear()), (Smear(), Bigram(7))])),
+        value_tables=draw(st.sampled_from([0, 1])),
         remat=draw(st.sampled_from(Remat)),
     )
 
@@ -254,6 +266,10 @@ def test_gradient_of_the_definition():
         ({"norm": LayerNorm(eps=-1.0)}, "norm eps"),
         ({"qk_norm": QkNorm(norm=RmsNorm(eps=-1.0))}, "norm eps"),
         ({"layers": 0}, "layers"),
+        ({"inputs": (Bigram(0),)}, "model size 'buckets'; expected 1 or more; got 0"),
+        ({"inputs": (Smear(), Smear())}, "inputs of the model; expected each kind once"),
+        ({"value_tables": 3}, "value tables are taken in turn"),
+        ({"value_tables": -1}, "value tables are taken in turn"),
         ({"vocab": 0}, "model size 'vocab'; expected 1 or more; got 0"),
         ({"embed": 0, "head_dim": 8}, "model size 'embed'"),
     ],
