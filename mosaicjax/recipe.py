@@ -64,6 +64,9 @@ class Log:
 class Later:
     """What is otherwise from a data step on, counted from 0; None: as before it.
 
+    `model` may have other windows, dropout or remat, but must have the same weights: with several phases a
+    window grows step by step.
+
     Units: as those of the recipe. With --skips a phase begins as many steps of training earlier.
     """
 
@@ -72,6 +75,7 @@ class Later:
     batch: int | None = None
     microbatch: int | None = None
     data: TrainingData | None = None
+    model: Family | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ class Recipe:
         for number in range(1, len(self.phases) + 1):
             try:
                 self.in_phase(number).check()
+                _check_same_weights(model, self.in_phase(number).model.build())
             except InputError as error:
                 raise InputError(
                     f"phase {number} of the recipe, from step {steps[number]} on: {error}"
@@ -176,6 +181,11 @@ class Recipe:
                 given["microbatch"] = WHOLE
             found = replace(found, **given)
         return found
+
+    @property
+    def last(self) -> Recipe:
+        """The recipe as it is at its end: its model is what the run trains."""
+        return self.in_phase(len(self.phases))
 
     @property
     def in_phases(self) -> list[tuple[Recipe, int]]:
@@ -230,6 +240,22 @@ class Recipe:
         for method in self.methods:
             program = method(program)
         return decoder, program
+
+
+def _check_same_weights(first: Model, later: Model) -> None:
+    """Refuse a phase whose model has other weights.
+
+    Raises:
+        InputError: with those that differ.
+    """
+    before, after = (
+        {name: param.shape(model.dims) for name, param in model.spec().items()} for model in (first, later)
+    )
+    if before != after:
+        other = sorted(name for name in before | after if before.get(name) != after.get(name))
+        raise InputError(
+            "its model has other weights", expected="those of the recipe's model", got=", ".join(other[:3])
+        )
 
 
 def check_vocabulary(model_vocab: int, tokenizer_size: int, store: str) -> None:

@@ -82,12 +82,12 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Ready:
-    """Everything that the loop needs, with nothing of it started; `steps` and FLOPs are each phase's."""
+    """All that the loop needs, with nothing of it started; `decoders`, `steps` and FLOPs are by phase."""
 
     loaded: Loaded
     out: str
     data: Data
-    decoder: Model
+    decoders: tuple[Model, ...]
     steps: tuple[Step, ...]
     hardware: Hardware
     flops_per_token: tuple[flops.Flops, ...]
@@ -97,6 +97,11 @@ class Ready:
     def recipe(self) -> Recipe:
         """The resolved recipe."""
         return self.loaded.recipe
+
+    @property
+    def decoder(self) -> Model:
+        """The last phase's model: the one that the run trains."""
+        return self.decoders[-1]
 
     @property
     def step(self) -> Step:
@@ -134,10 +139,10 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
     with processes.refused_by_all("the mesh and the model"):
         layout = recipe.mesh.build(jax.devices())
         check_sums(recipe)
-        decoder, program = recipe.program()
         phases = [recipe.in_phase(number) for number in range(len(recipe.phases) + 1)]
-        each = [phase.program()[1] for phase in phases]
-        made = tuple(Step(program, layout, recipe.seed, measure=recipe.log.norms) for program in each)
+        each = [phase.program() for phase in phases]
+        made = tuple(Step(program, layout, recipe.seed, measure=recipe.log.norms) for _, program in each)
+        program = each[0][1]
         cursor = Cursor(
             0, 0, data.digests[0], {}, recipe.seed, [name for name, _ in program.trainable.items()]
         )
@@ -148,8 +153,10 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
             for line in start.check_start(recipe.init_from, recipe.model, program.trainable):
                 say(line)
         cursor = replace(cursor, skips=data.stream.skips, seconds=seconds_spent(out, cursor.seconds))
-    counts = tuple(flops.per_token(decoder, phase.seq) for phase in phases)
-    return Ready(loaded, out, data, decoder, made, hardware(recipe), counts, cursor)
+    decoders = tuple(decoder for decoder, _ in each)
+    lengths = [phase.seq for phase in phases]
+    counts = tuple(flops.per_token(*phase) for phase in zip(decoders, lengths, strict=True))
+    return Ready(loaded, out, data, decoders, made, hardware(recipe), counts, cursor)
 
 
 def check_sums(recipe: Recipe) -> None:

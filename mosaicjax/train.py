@@ -327,7 +327,9 @@ class Run:
         """
         ready = self.ready
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), number - 1)
-        place = first_nonfinite(ready.steps[self.phase], ready.decoder, self.state.trainable, {}, batch, key)
+        place = first_nonfinite(
+            ready.steps[self.phase], ready.decoders[self.phase], self.state.trainable, {}, batch, key
+        )
         self.number = number - 1
         if self.number > self.saved:
             self.save()

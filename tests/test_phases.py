@@ -14,15 +14,17 @@ from mosaicjax.errors import InputError
 from mosaicjax.run_data import open_data
 from mosaicjax.step import Step
 from tests import stepping, tiny
+from tests.models import oracle
 
 STEPS = 14
 BEFORE = "from mosaicjax.data.mixture import Domain, Mixture, TokenStore\nfrom mosaicjax.recipe import Later"
 PHASES = (
-    "(Later(4, seq=16, batch=16, microbatch=8),"
+    "(Later(4, seq=16, batch=16, microbatch=8,"
+    " model=mpt.Config(layers=2, embed=32, heads=2, mlp=64, vocab=320, windows=(5,))),"
     " Later(9, batch=8, data=Mixture((Domain('one', {store!r}, 1.0),"
     " Domain('two', {store!r}, 3.0)), isolate=True)))"
 )
-"""From 8 rows of 32 tokens to 16 of 16 in two microbatches, then to 8 of two domains that are packed."""
+"""From 8 rows of 32 tokens to 16 of 16 in two microbatches and a window, then to 8 of two packed domains."""
 
 
 def written(folder, tiny_store, phases=PHASES, name="phased.py"):
@@ -69,7 +71,7 @@ def test_each_step_is_that_of_its_phase(phased):
 
 @pytest.mark.slow
 def test_held_out_loss_is_the_last_phases(phased):
-    """At every step over rows of the last phase: those of a run of that phase's recipe alone."""
+    """At every step over rows of the last phase, by the last phase's model."""
     recipe = recipe_file.load(str(phased / "phased.py")).recipe
     held_out = open_data(recipe).held_out
     assert (held_out.seq, held_out.isolate, held_out.names) == (16, True, ("one", "two"))
@@ -77,6 +79,15 @@ def test_held_out_loss_is_the_last_phases(phased):
     assert [row["step"] for row in found] == [5, 10, STEPS]
     assert all({"loss/one", "loss/two"} <= row.keys() for row in found)
     assert found[-1]["loss/one"] == pytest.approx(found[-1]["loss/two"], rel=1e-6)
+    weights, rows = tiny.weights(phased / "run", STEPS), held_out.rows(range(len(held_out) // 2))
+    by_model = []
+    for model in (recipe.last.model, recipe.model):
+        logits = oracle.logits(model, weights, rows["tokens"], rows["positions"], rows["segments"])
+        lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        chosen = np.take_along_axis(logits, rows["targets"][..., None], -1)[..., 0]
+        by_model.append(np.average(lse - chosen, weights=rows["weights"]))
+    assert found[-1]["loss/one"] == pytest.approx(by_model[0], rel=1e-5)
+    assert abs(by_model[1] / by_model[0] - 1) > 1e-4
 
 
 @pytest.mark.slow
@@ -110,6 +121,9 @@ def test_what_cannot_be_is_refused(tiny_store, tmp_path):
             "(Later(0, seq=16),)": "steps of the recipe's phases; expected increasing, from 1 on; got .0.",
             "(Later(5, seq=16), Later(5, batch=4))": "increasing, from 1 on; got .5, 5.",
             "(Later(5, batch=4, microbatch=6),)": "phase 1 of the recipe, from step 5 on: microbatch; exp",
+            "(Later(5, model=mpt.Config(layers=2, embed=32, heads=4, mlp=64, vocab=320)),)": (
+                "step 5 on: its model has other weights; expected those of the recipe's model; got stacks"
+            ),
             "(Later(5, seq=0),)": "phase 1 of the recipe, from step 5 on: seq of the recipe",
         }.items()
     ):

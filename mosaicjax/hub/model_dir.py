@@ -126,7 +126,7 @@ def saved_model(path: str) -> Family:
         case Kind.RUN:
             mine = sys.modules.get(recipe_file.MODULE)
             try:
-                return recipe_file.from_run(path).recipe.model
+                return recipe_file.from_run(path).recipe.last.model
             finally:
                 if mine is not None:
                     sys.modules[recipe_file.MODULE] = mine

@@ -77,7 +77,7 @@ def origin_of(path: str, about: About, step: int) -> Origin:
     return Origin(
         path=path,
         step=step,
-        family=loaded.recipe.model,
+        family=loaded.recipe.last.model,
         dtype=dtype,
         length=max(loaded.recipe.longest, _length_before(loaded.recipe.init_from)),
         special=special,

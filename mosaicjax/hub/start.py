@@ -85,7 +85,7 @@ def described(path: storage.PathLike) -> tuple[Family, Dtypes]:
     match kind:
         case Kind.RUN:
             recipe = recipe_file.from_run(str(path)).recipe
-            return recipe.model, recipe.dtypes
+            return recipe.last.model, recipe.dtypes
         case Kind.IMPORTED:
             imported = read_imported(path)
             return imported.model, Dtypes(imported.dtype, imported.dtype)
