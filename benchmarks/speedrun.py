@@ -1,0 +1,256 @@
+"""What a given loss costs: the tuned standard recipe beside any other, to the same held-out bits a byte.
+
+    python benchmarks/speedrun.py code-1M
+    python benchmarks/speedrun.py books-1M --recipe my_recipe.py --seeds 5 --json mine.json
+
+A track is a corpus, the standard recipe at a size and a number of steps, and the record's recipe. The
+standard is run to its end with every seed; what it has then on the test documents, on average, is the target.
+A contender reaches it where its own average, with its own steps and schedule run to their end, is no worse.
+Both are trained by `mosaicjax train`, one process after the other, in turns. Documents of the test were seen
+by neither, nor by the choice of any setting: that goes by the validation documents that a run itself reports.
+
+Corpora are built on first use below build/speedrun: `code` is the standard library of the Python at hand,
+`books` needs --books, a JSON lines file of whole books. Tokens are target tokens, FLOPs the model's (causal
+attention counted as it is seen), seconds those of steps and of the whole run, compilation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import machine, spread  # noqa: E402 after the path, for a call as a script
+
+STANDARD = "recipes/speedrun/standard.py"
+BEST = "recipes/speedrun/best.py"
+WORK = ROOT / "build" / "speedrun"
+RECORDS = ROOT / "benchmarks" / "speedrun.json"
+VOCABULARY = 4_096
+TEST_SHARE = 0.08
+HELD_OUT = 0.06
+SMALL = ("--model.layers=4", "--model.embed=128", "--model.heads=4", "--model.mlp=512")
+PACKAGES = ("jax", "jaxlib", "optax", "numpy")
+
+
+@dataclass(frozen=True)
+class Track:
+    """A corpus, and what the standard and the record are told beside their recipes."""
+
+    corpus: str
+    standard: tuple[str, ...]
+    best: tuple[str, ...]
+
+
+TRACKS = {
+    "code-1M": Track("code", (*SMALL, "--steps=122"), SMALL),
+    "books-1M": Track("books", (*SMALL, "--steps=122"), SMALL),
+}
+
+
+def is_test(text: str) -> bool:
+    """Whether a document is of the test: by a hash of its own, that no other split goes by."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"speedrun/test").digest()
+    return int.from_bytes(digest, "big") < TEST_SHARE * 2**64
+
+
+def corpus(name: str, books: str) -> Path:
+    """A corpus as two token stores, `store` and `test`, of one tokenizer that saw no held-out document."""
+    from mosaicjax.data.build import build
+    from mosaicjax.data.documents import open_sources
+    from mosaicjax.data.tokenizer import train_tokenizer
+    from mosaicjax.errors import InputError
+
+    folder = WORK / name
+    if (folder / "ready").exists():
+        return folder
+    if name == "books" and not books:
+        raise InputError("the corpus `books` is not built yet", fix="--books FILE.jsonl.xz, once")
+    source = books if name == "books" else sysconfig.get_path("stdlib")
+    exclude = ["site-packages", "test", "tests", "idle_test"]
+    include = [] if name == "books" else ["*.py"]
+    documents = open_sources([source], include=include, exclude=exclude)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {test: folder / f"{'test' if test else 'rest'}.jsonl" for test in (False, True)}
+    written = {test: path.open("w", encoding="utf-8") for test, path in files.items()}
+    for document in documents:
+        written[is_test(document.text)].write(json.dumps({"text": document.text}) + "\n")
+    for file in written.values():
+        file.close()
+    tokenizer = train_tokenizer([files[False]], folder / "tokenizer", vocab=VOCABULARY, held_out=HELD_OUT)
+    for test, store, held_out in ((False, "store", HELD_OUT), (True, "test", 0.0)):
+        build(
+            [files[test]],
+            folder / store,
+            tokenizer=tokenizer,
+            held_out=held_out,
+            workers=1,
+            progress=False,
+        )
+    (folder / "ready").touch()
+    return folder
+
+
+def trained(recipe: str, options: Sequence[str], out: Path) -> dict[str, Any]:
+    """A run's own summary.
+
+    Raises: SystemExit with what the run said where it failed.
+    """
+    command = [sys.executable, "-m", "mosaicjax.cli", "train", recipe, "--out", str(out), *options]
+    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2_000:]}")
+    found: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return found
+
+
+def bits_per_byte(run: Path, test: Path) -> float:
+    """A finished run's model on the test documents."""
+    from mosaicjax import recipe_file
+    from mosaicjax.data.store import Store
+    from mosaicjax.data.stream import HeldOut
+    from mosaicjax.evaluate.heldout import Evaluator
+    from mosaicjax.generate import load_run
+
+    recipe = recipe_file.from_run(str(run)).recipe.last
+    store = Store.open(test)
+    decoder, weights, layout, dtypes, tokenizer = load_run(run)
+    held_out = HeldOut(
+        {"test": store.split("train")},
+        separator=tokenizer.separator,
+        seq=recipe.seq,
+        isolate=recipe.data.isolate,
+    )
+    evaluator = Evaluator(decoder, layout, dtypes, held_out, store.tokenizer.token_bytes, 8)
+    return evaluator(weights).bits_per_byte
+
+
+def work_of(recipe: str, options: Sequence[str]) -> dict[str, float]:
+    """Tokens and model FLOPs of a recipe, phase by phase, and its parameters."""
+    from mosaicjax.models import flops
+    from mosaicjax.recipe_file import load
+
+    loaded = load(str(ROOT / recipe), list(options)).recipe
+    total = 0.0
+    for phase, steps in loaded.in_phases:
+        per_token = flops.per_token(phase.model.build(), phase.seq)
+        total += per_token.causal * phase.batch * phase.seq * steps
+    decoder, program = loaded.program()
+    return {
+        "tokens": loaded.tokens,
+        "flops": total,
+        "parameters": program.trainable.count(),
+        "parameters_in_products": flops.per_token(decoder, 1).causal / 6,
+    }
+
+
+def measured(label: str, recipe: str, options: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:
+    """One run: what it cost and what it came to."""
+    out = folder / "runs" / f"{label}-{seed}"
+    if out.exists():
+        raise SystemExit(f"{out} is there: delete it to measure again")
+    summary = trained(recipe, [*options, f"--seed={seed}"], out)
+    seconds, price = summary["seconds"], summary["cost"]
+    return {
+        "seed": seed,
+        "test_bits_per_byte": bits_per_byte(out, folder / "test"),
+        "validation_bits_per_byte": summary["heldout"]["bits_per_byte"],
+        "step_seconds": seconds["train"] + seconds["data_wait"],
+        "seconds": seconds["total"],
+        "usd": price["usd"] if price else None,
+    }
+
+
+def ratios(standard: dict[str, Any], contender: dict[str, Any]) -> dict[str, Any]:
+    """How many times less the contender takes; seconds and dollars seed by seed, with spread."""
+    found: dict[str, Any] = {
+        name: standard["work"][name] / contender["work"][name] for name in ("tokens", "flops")
+    }
+    for name in ("step_seconds", "seconds", "usd"):
+        pairs = list(zip(standard["runs"], contender["runs"], strict=True))
+        if all(run[name] for pair in pairs for run in pair):
+            found[name] = spread([one[name] / other[name] for one, other in pairs])
+    return found
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The result for a terminal."""
+    said = []
+    for name in ("standard", "contender"):
+        mine = result[name]
+        bits = [run["test_bits_per_byte"] for run in mine["runs"]]
+        said.append(
+            f"{name:10} {mine['work']['tokens']:>12,} tokens  {mine['work']['flops']:.3g} FLOPs"
+            f"  {statistics.median(run['step_seconds'] for run in mine['runs']):7.1f} s of steps"
+            f"  {statistics.mean(bits):.4f} bits a byte ({min(bits):.4f} to {max(bits):.4f})"
+        )
+    times = result["times_less"]
+    said.append(
+        f"times less: tokens {times['tokens']:.2f}, FLOPs {times['flops']:.2f}, "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {times[name]['median']:.2f} ({times[name]['least']:.2f} to"
+            f" {times[name]['most']:.2f})"
+            for name in ("step_seconds", "seconds", "usd")
+            if name in times
+        )
+    )
+    said.append("the target is reached" if result["reached"] else "the target is NOT reached")
+    return said
+
+
+def main() -> int:
+    """Run a track and write its result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("track", choices=sorted(TRACKS))
+    parser.add_argument("--recipe", default=BEST, help="the contender's")
+    parser.add_argument("--override", action="append", default=[], help="of the contender, as --steps=90")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--books", default="")
+    parser.add_argument("--json", default=str(RECORDS), help="the records, which the result is put into")
+    options = parser.parse_args()
+    track = TRACKS[options.track]
+    folder = corpus(track.corpus, options.books)
+    data = f"--data.path={folder.relative_to(ROOT)}/store"
+    sides = {
+        "standard": (STANDARD, [*track.standard, data]),
+        "contender": (options.recipe, [*track.best, *options.override, data]),
+    }
+    result: dict[str, Any] = {"track": options.track, "machine": machine(PACKAGES)}
+    for name, (recipe, given) in sides.items():
+        result[name] = {"recipe": recipe, "options": given, "work": work_of(recipe, given), "runs": []}
+    for seed in range(1, options.seeds + 1):
+        for name, (recipe, given) in sides.items():
+            run = measured(f"{options.track}-{name}", recipe, given, seed, folder)
+            result[name]["runs"].append(run)
+            bits, seconds = run["test_bits_per_byte"], run["step_seconds"]
+            print(f"{name}, seed {seed}: {bits:.4f} bits a byte, {seconds:.1f} s of steps", flush=True)
+    target, found = (
+        statistics.mean(run["test_bits_per_byte"] for run in result[name]["runs"]) for name in sides
+    )
+    result |= {"target": target, "reached": found <= target}
+    result["times_less"] = ratios(result["standard"], result["contender"])
+    print("\n".join(lines(result)))
+    path = Path(options.json)
+    records = json.loads(path.read_text()) if path.exists() else {}
+    records[f"{options.track}: {options.recipe}"] = result
+    path.write_text(json.dumps(records, indent=1) + "\n")
+    return 0 if result["reached"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
