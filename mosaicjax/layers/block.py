@@ -9,7 +9,7 @@ import jax
 from jax import Array
 
 from mosaicjax.layers.attention import Attention
-from mosaicjax.layers.context import KV, Context, dropout
+from mosaicjax.layers.context import KV, Context, dropout, skipped
 from mosaicjax.layers.inits import InitRule
 from mosaicjax.layers.mlp import Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm
@@ -41,7 +41,8 @@ class StreamScales:
 class Block:
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each addend dropped out in training.
 
-    `scales` come before both.
+    `scales` come before both. `stochastic_depth` is the share of rows for which each addend of the last layer
+    is left out in training; the layers before it leave out fewer, the first none.
     """
 
     attention: Attention = Attention()
@@ -49,6 +50,17 @@ class Block:
     norm: Norm = LayerNorm(bias=False)
     dropout: float = 0.0
     scales: StreamScales | None = None
+    stochastic_depth: float = 0.0
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is left out in training."""
+        return self.dropout > 0 or self.stochastic_depth > 0
+
+    def thinned(self, added_BLD: Array, context: Context, place: int) -> Array:
+        """What is added to the stream, with what training leaves out of it left out."""
+        added_BLD = dropout(added_BLD, self.dropout, context, place)
+        return skipped(added_BLD, self.stochastic_depth, context, 2 + place)
 
     @property
     def read_by_stream(self) -> tuple[str, ...]:
@@ -85,11 +97,11 @@ class Block:
         with jax.named_scope("attention"):
             normed = context.whole(self.norm.apply(weights["attention_norm"], x_BLD, context.dtypes))
             mixed, kv = self.attention.apply(weights["attention"], normed, context, kv, layer)
-        x_BLD = context.constrain(x_BLD + dropout(mixed, self.dropout, context, place=0))
+        x_BLD = context.constrain(x_BLD + self.thinned(mixed, context, place=0))
         with jax.named_scope("mlp"):
             normed = context.whole(self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes))
             worked, routed = self.mlp.routed(weights["mlp"], normed, context)
-        return context.constrain(x_BLD + dropout(worked, self.dropout, context, place=1)), kv, routed
+        return context.constrain(x_BLD + self.thinned(worked, context, place=1)), kv, routed
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,5 @@ class ParallelBlock(Block):
             if not self.shared_norm:
                 normed = context.whole(self.norm.apply(weights["mlp_norm"], x_BLD, context.dtypes))
             worked, routed = self.mlp.routed(weights["mlp"], normed, context)
-        added = dropout(mixed, self.dropout, context, place=0) + dropout(
-            worked, self.dropout, context, place=1
-        )
+        added = self.thinned(mixed, context, place=0) + self.thinned(worked, context, place=1)
         return context.constrain(x_BLD + added), kv, routed

@@ -25,7 +25,8 @@ class Context:
 
     What layers read of the tokens themselves: `first_BLD` is the residual stream before the first layer,
     `values` the value tables' entries of each token, `before_B` the tokens before the rows' first ones, where
-    they go on from others. `tokens_BL` is what the model makes them of.
+    they go on from others. `tokens_BL` is what the model makes them of. `depth` is how deep the layer lies, 0
+    the first and 1 the last.
 
     Shapes: `positions_BL` and `segments_BL` [B or 1, L]; segments None means one segment without padding;
     `values` [B, L, K, C] each.
@@ -41,6 +42,7 @@ class Context:
     before_B: Array | None = None
     first_BLD: Array | None = None
     values: tuple[Array, ...] = ()
+    depth: Array | float = 0.0
 
     def counted(self, rows: tuple[int, ...]) -> Array:
         """Which tokens statistics are made of: no padding, and no rows without weight.
@@ -97,6 +99,22 @@ def dropout(x_BLD: Array, rate: float, context: Context, place: int) -> Array:
 
     scale = jnp.asarray(1.0 / (1.0 - rate), x_BLD.dtype)
     return jnp.where(jax.vmap(keep)(context.keys_B), x_BLD * scale, jnp.zeros_like(x_BLD))
+
+
+def skipped(x_BLD: Array, rate: float, context: Context, place: int) -> Array:
+    """Zero whole rows, a share `rate * depth` of them, and scale up the others; none where there are no keys.
+
+    Source: Huang et al. 2016, arXiv 1603.09382, sections 3 and 4: survival falls on a line over the layers.
+    """
+    if rate == 0.0 or context.keys_B is None:
+        return x_BLD
+    kept = 1.0 - rate * jnp.asarray(context.depth, jnp.float32)
+
+    def keep(key: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, place), kept)
+
+    factor_B = jnp.where(jax.vmap(keep)(context.keys_B), 1.0 / kept, 0.0)
+    return x_BLD * factor_B[:, None, None].astype(x_BLD.dtype)
 
 
 @dataclass(frozen=True)

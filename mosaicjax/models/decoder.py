@@ -200,7 +200,7 @@ class Decoder:
     @property
     def drops(self) -> bool:
         """Whether anything is dropped out in training."""
-        return self.embed_dropout > 0 or any(block.dropout > 0 for _, _, block, _ in self.blocks())
+        return self.embed_dropout > 0 or any(block.drops for _, _, block, _ in self.blocks())
 
     def spec(self) -> Spec:
         """Every weight, declared once."""
@@ -238,6 +238,8 @@ class Decoder:
             block.mlp.check(self.dims)
             if not 0 <= block.dropout < 1:
                 raise InputError("residual dropout", expected="0 to below 1", got=block.dropout)
+            if not 0 <= block.stochastic_depth < 1:
+                raise InputError("stochastic_depth", expected="0 to below 1", got=block.stochastic_depth)
             if block.attention.value_table not in (None, *range(self.value_tables)):
                 raise InputError(
                     "attention value_table",
@@ -376,7 +378,10 @@ class Decoder:
                     whole = gather_tree(
                         slices[b][LAYER_KEY], params[b][LAYER_KEY], context.layout, context.dtypes
                     )
-                    mine = context.for_layer(1 + first + turn * len(stack.block) + b)
+                    number = first + turn * len(stack.block) + b
+                    mine = context.for_layer(1 + number)
+                    if block.stochastic_depth:
+                        mine = replace(mine, depth=number / max(self.layers - 1, 1))
                     x_BLD, held, sums = block.apply(whole, x_BLD, mine, kv[b], turn)
                 carried.append(held)
                 routed.append(sums)

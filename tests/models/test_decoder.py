@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mosaicjax.layers.attention import Attention, QkNorm
-from mosaicjax.layers.block import Block
-from mosaicjax.layers.context import dropout
+from mosaicjax.layers.block import Block, ParallelBlock
+from mosaicjax.layers.context import dropout, skipped
 from mosaicjax.layers.mlp import Activation, Glu
 from mosaicjax.layers.norm import LayerNorm, RmsNorm
 from mosaicjax.layers.position import Alibi, DynamicScaling, Learned, Rotary
@@ -227,6 +227,40 @@ def test_dropout_keeps_its_share_and_the_mean():
     for other in (dropout(x_BLD, 0.3, where, place=1), dropout(x_BLD, 0.3, where.for_layer(1), place=0)):
         assert (np.asarray(other) == out).mean() == pytest.approx(0.58, abs=0.02)
     assert (np.asarray(dropout(x_BLD, 0.3, forward.context(np.zeros((4, 500), int)), place=0)) == 1).all()
+
+
+def test_stochastic_depth_leaves_out_whole_rows():
+    """More of them the deeper a layer is, and the mean stays."""
+    rows = 4_000
+    where = with_keys(np.zeros((rows, 2), int), range(rows))
+    for depth in (0.0, 0.5, 1.0):
+        out = np.asarray(skipped(jnp.ones((rows, 2, 3)), 0.4, replace(where, depth=depth), place=2))
+        share = 0.4 * depth
+        assert (out == out[:, :1, :1]).all()
+        assert (out[:, 0, 0] == 0).mean() == pytest.approx(share, abs=4 * (0.25 / rows) ** 0.5)
+        assert set(np.unique(out)) <= {0.0, np.float32(1 / (1 - share))}
+
+
+@pytest.mark.parametrize("block", [Block(stochastic_depth=0.9), ParallelBlock(stochastic_depth=0.9)])
+def test_a_row_passes_a_layer_that_is_left_out(block):
+    """With two layers the first is always there, and the last one's two addends are there or not."""
+    config = replace(BASE, layers=2, block=block)
+    decoder, weights = config.build(), forward.random_weights(config.build())
+    tokens = np.random.default_rng(0).integers(0, BASE.vocab, (1, 6))
+    assert decoder.drops
+
+    @jax.jit
+    def run(seed):
+        where = with_keys(tokens, seed)
+        return forward.logits_from(decoder, weights, decoder.embed(weights, tokens, where), where)
+
+    found = {tuple(np.asarray(run(np.array([seed])))[0, -1, :3].round(4).tolist()) for seed in range(60)}
+    # Each addend of the last layer is left out or scaled up tenfold: at most four results.
+    assert 2 <= len(found) <= 4
+    one = replace(BASE, layers=1, block=replace(block, stochastic_depth=0.0)).build()
+    first = jax.tree.map(lambda leaf: leaf[:1], weights["stacks"])
+    alone = forward.logits(one, weights | {"stacks": first}, tokens)[0, -1, :3]
+    assert any(np.allclose(each, alone, atol=2e-4) for each in found)
 
 
 @pytest.mark.parametrize("knob", ["embed_dropout", "residual_dropout"])
