@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -41,6 +41,16 @@ class Loss(Protocol):
         ...
 
 
+Average = Callable[[Any, Any, Array], Any]
+"""A running average of the weights: from the one before, a step's new weights, and the steps done, from 1 on.
+
+It begins as a copy of the first weights, and is held in float32 where they are in less.
+"""
+
+Evaluated = Callable[[Any, Any], Any]
+"""The weights that a model is used with, out of those that are stepped from and the optimizer's state."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """Gradients and their norm, which every optimizer is told as `measured`."""
@@ -72,6 +82,9 @@ class Program:
 
     `frozen` weights are an argument of the step, never part of it. `state` is what a loss carries from step
     to step. `applied` names the methods so far.
+
+    Evaluation, samples, generation and export use the running `average` where there is one, or what
+    `evaluated` makes of weights and optimizer state, else the weights that are trained.
     """
 
     trainable: Spec
@@ -83,6 +96,8 @@ class Program:
     phase: Phase
     dtypes: Dtypes
     applied: tuple[str, ...] = ()
+    average: Average | None = None
+    evaluated: Evaluated | None = None
 
     def refine(self, method: object, **changes: Any) -> Program:
         """This program with changes, and the method that made them on record.
@@ -94,6 +109,21 @@ class Program:
         if name in self.applied:
             raise InputError(f"the method {name} is listed twice", got=" then ".join((*self.applied, name)))
         return replace(self, applied=(*self.applied, name), **changes)
+
+    def averaged(self, method: object, average: Average) -> Program:
+        """This program with a running average of its weights, which is what the model is used with.
+
+        Raises:
+            InputError: something else says already which weights those are.
+        """
+        refined = self.refine(method, average=average)
+        if self.average is not None or self.evaluated is not None:
+            raise InputError(
+                "two say which weights a model is used with, a method that averages them or the optimizer",
+                expected="one of them",
+                got=" then ".join(("the optimizer", *refined.applied)),
+            )
+        return refined
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def memory(step: Step, devices: int) -> Iterator[str]:
         "weights": shard_bytes(state.trainable),
         "gradients": shard_bytes(state.trainable),
         "optimizer": shard_bytes(state.optimizer),
+        **({"average": shard_bytes(state.average)} if state.average is not None else {}),
         "batch": shard_bytes(step.abstract_batch()),
     }
     mesh = " x ".join(f"{name} {size}" for name, size in step.layout.mesh.shape.items())

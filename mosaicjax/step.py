@@ -37,13 +37,15 @@ Sums = tuple[Array, Array, dict[str, Array], Any]
 class TrainState:
     """What a step changes, and a checkpoint holds.
 
-    `step` counts the steps done; it is also the number of the next one, from 0.
+    `step` counts the steps done; it is also the number of the next one, from 0. `average` is the weights'
+    running average, None where the program has none.
     """
 
     step: Any
     trainable: Any
     optimizer: Any
     program: Any
+    average: Any = None
 
 
 @struct.dataclass
@@ -105,7 +107,14 @@ class Step:
             trainable,
         )
         state = jax.tree.map(copied, jax.eval_shape(lambda: program.state))
-        return TrainState(copied(jax.ShapeDtypeStruct((), jnp.int32)), trainable, optimizer, state)
+        average = None
+        if program.average is not None:
+            wide = at_least_float32(program.dtypes.param)
+            average = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide, sharding=leaf.sharding), trainable
+            )
+        step = copied(jax.ShapeDtypeStruct((), jnp.int32))
+        return TrainState(step, trainable, optimizer, state, average)
 
     def init(self) -> TrainState:
         """The state before the first step, drawn from the seed straight onto its shards."""
@@ -115,13 +124,27 @@ class Step:
         )
         return self.start(trainable)
 
+    def init_frozen(self) -> Any:
+        """The frozen weights, drawn as `init` draws."""
+        frozen = self.program.frozen
+        key = jax.random.key(self.seed)
+        return frozen.init(key, self.program.dtypes.param, shardings(frozen, self.layout))
+
     def start(self, trainable: Any) -> TrainState:
         """The state before the first step, from given weights."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        abstract = self.abstract_state()
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         optimizer = jax.jit(self.program.optimizer.init, out_shardings=places.optimizer)(trainable)
         state = jax.jit(lambda: self.program.state, out_shardings=places.program)()
         step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=places.step)()
-        return TrainState(step, trainable, optimizer, state)
+        average = None
+        if abstract.average is not None:
+
+            def copies(weights: Any) -> Any:
+                return jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype), weights, abstract.average)
+
+            average = jax.jit(copies, out_shardings=places.average)(trainable)
+        return TrainState(step, trainable, optimizer, state, average)
 
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any, tuple[str | None, ...]]]:
         """Shape, dtype and named dims of each array of a batch: [microbatches, rows, ...]."""
@@ -229,6 +252,11 @@ class Step:
             summed = self.after(trainable, summed)
             _, optimizer = self.update(summed, state)
             optimizer = kept_unless_fine(optimizer, state.optimizer)
+        average = state.average
+        if program.average is not None:
+            with jax.named_scope("average"):
+                after = program.average(average, trainable, state.step + 1)
+                average = kept_unless_fine(after, average)
         if self.measure:
             means = rms_by_layer(program.trainable, summed.means())
             metrics |= {f"grad_rms/{name}": value for name, value in means}
@@ -237,7 +265,7 @@ class Step:
             }
         metrics |= {"fine": fine, "stop": jnp.max(signals.stop)}
         step, program_state = kept_unless_fine((state.step + 1, program_state), (state.step, state.program))
-        return TrainState(step, trainable, optimizer, program_state), ~fine, metrics
+        return TrainState(step, trainable, optimizer, program_state, average), ~fine, metrics
 
     def after(self, trainable: Any, grads: SummedGrads) -> SummedGrads:
         """The gradients, to be had only once the new weights are there.

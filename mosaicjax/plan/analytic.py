@@ -102,7 +102,7 @@ def estimate(recipe: Recipe, topology: Topology, price: Price | None) -> Estimat
         flops=whole,
         model=model.causal * tokens,
         model_full=model.full * tokens,
-        state_bytes=2 * shard_bytes(state.trainable) + shard_bytes(state.optimizer),
+        state_bytes=2 * shard_bytes(state.trainable) + shard_bytes((state.optimizer, state.average)),
         kept_bytes=kept_bytes(decoder, step, recipe.loss.chunk),
         wire_bytes=sent,
         matrix=(whole - tokens * sum(each.done for each in passes)) / speeds.flops,
