@@ -67,7 +67,8 @@ def backward_order(decoder: Model, grads: dict[str, Any]) -> list[tuple[str, flo
         for name, values in grads.items():
             if name.startswith(f"stacks/{s}/{b}/"):
                 short = name.split("/layer/", 1)[1]
-                for turn, value in enumerate(values):
+                # Those of the last layers, where the first ones are frozen.
+                for turn, value in enumerate(values, layers.count - len(values)):
                     layer = layers.first + turn * layers.stride
                     named.append((layer, f"layer {layer}, {short}", float(value)))
     return [(name, value) for _, name, value in sorted(named, key=lambda entry: -entry[0])]

@@ -17,7 +17,7 @@ from mosaicjax.losses import CrossEntropy, TokenLoss, by_chunks
 from mosaicjax.mesh import Layout
 from mosaicjax.models.model import Model
 from mosaicjax.optim import Rate
-from mosaicjax.spec import Dtypes, Spec
+from mosaicjax.spec import Dtypes, Spec, join
 
 ACTIVATION_SQUARES = "activation_mean_square"
 DOMAIN_NLL, DOMAIN_TOKENS = "domain_nll", "domain_tokens"
@@ -80,8 +80,10 @@ class Phase:
 class Program:
     """What a train step is made of. A method maps one to another.
 
-    `frozen` weights are an argument of the step, never part of it. `state` is what a loss carries from step
-    to step. `applied` names the methods so far.
+    `frozen` weights are an argument of the step, never part of it: where there are any, both trees have the
+    model's form, with None for what is in the other (`spec.join`). `optimizer` is built for all weights and
+    meets such trees: its own, of masks or labels, come first where it maps over both. `state` is what a loss
+    carries from step to step. `applied` names the methods so far.
 
     Evaluation, samples, generation and export use the running `average` where there is one, or what
     `evaluated` makes of weights and optimizer state, else the weights that are trained.
@@ -137,7 +139,7 @@ class Method:
 
 @dataclass(frozen=True)
 class DecoderLoss:
-    """The loss of a model on rows of tokens.
+    """The loss of a model on rows of tokens, its weights trainable or frozen (`spec.join`).
 
     `packed` rows bring segments and positions; others are one segment from position 0. The objective holds
     the losses of routers to experts too, where there are any; the metric `loss` does not. With `measure` the
@@ -160,9 +162,10 @@ class DecoderLoss:
             jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["row"]) if self.decoder.drops else None
         )
         context = self.context(batch, layout, keys_B)
-        x_BLD = self.decoder.embed(trainable, batch["tokens"], context)
-        output = self.decoder.hidden(trainable, x_BLD, context, measure=self.measure)
-        terms = self.terms(trainable, output.hidden_BLD, batch, context)
+        weights = join(trainable, frozen)
+        x_BLD = self.decoder.embed(weights, batch["tokens"], context)
+        output = self.decoder.hidden(weights, x_BLD, context, measure=self.measure)
+        terms = self.terms(weights, output.hidden_BLD, batch, context)
         weight = jnp.sum(batch["weights"].astype(terms.nll.dtype))
         metrics = {"loss": terms.nll}
         if self.domains > 1:

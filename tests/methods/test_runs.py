@@ -14,14 +14,23 @@ from mosaicjax.hub.export_model import export_model
 from mosaicjax.mesh import shardings
 from mosaicjax.run import first_state, prepare
 from mosaicjax.run_data import open_data
+from mosaicjax.saved import used as used_weights
+from mosaicjax.spec import join
 from tests import stepping, tiny
 from tests.hub import models
 
 pytestmark = pytest.mark.slow
 
-BEFORE = "from mosaicjax.methods.ema import Ema"
+BEFORE = """from mosaicjax.methods.ema import Ema
+from mosaicjax.methods.freeze import FreezeLayers
+from mosaicjax.methods.rates import ScaleRates"""
 MODEL = "mpt.Config(layers=3, embed=32, heads=2, mlp=128, vocab=320)"
-METHODS = "(ClipGradients(norm=1.0), Ema(decay=0.5, start=1, every=2))"
+METHODS = """(
+        ClipGradients(norm=1.0),
+        Ema(decay=0.5, start=1, every=2),
+        FreezeLayers(("layer/0/*", "*/mlp/down", "norm/*")),
+        ScaleRates((("layer/1/*", 0.5),)),
+    )"""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +73,24 @@ def test_a_run_that_was_killed_goes_on_exactly(run, recipe, tmp_path):
         np.testing.assert_array_equal(array, theirs[name], err_msg=name, strict=True)
 
 
+def test_frozen_weights_stay_and_are_saved_with_the_others(run):
+    first, last = field(run, 1, "trainable"), field(run, 6, "trainable")
+    averaged = field(run, 6, "evaluated")
+    for name, before in first.items():
+        whole = name.startswith("norm.") or name.endswith("mlp.down")
+        frozen = len(before) if whole else name.startswith("stacks")
+        np.testing.assert_array_equal(last[name][:frozen], before[:frozen], err_msg=name)
+        assert whole == (name not in averaged)
+        if not whole:
+            assert (last[name][frozen:] != before[frozen:]).any(), name
+            np.testing.assert_array_equal(averaged[name][:frozen], before[:frozen])
+    moments = [array for name, array in tiny.arrays(run, 6).items() if ".mu." in name]
+    assert len(moments) == len(averaged)
+    assert sum(map(np.size, moments)) == sum(
+        array[name.startswith("stacks") :].size for name, array in averaged.items()
+    )
+
+
 def used(run):
     """The weights that the model is used with: the average, and the others where there is none."""
     return field(run, 6, "trainable") | field(run, 6, "evaluated")
@@ -95,8 +122,9 @@ def test_the_average_is_what_leaves_and_is_started_from(run, recipe, tmp_path):
     for (name, array), leaf in zip(sorted(expected.items()), jax.tree.leaves(weights), strict=True):
         np.testing.assert_array_equal(leaf, array, err_msg=name)
     loaded = recipe_file.load(str(recipe), ["--init-from", str(run)])
-    state, _ = first_state(prepare(loaded, str(tmp_path / "new"), print))
-    for tree in (state.trainable, state.average):
+    ready = prepare(loaded, str(tmp_path / "new"), print)
+    state, frozen = first_state(ready)
+    for tree in (join(state.trainable, frozen), used_weights(ready.step, state, frozen)):
         for (name, array), leaf in zip(sorted(expected.items()), jax.tree.leaves(tree), strict=True):
             np.testing.assert_array_equal(leaf, array, err_msg=name)
     export_model(str(run), str(tmp_path / "hf"))
