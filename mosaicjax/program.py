@@ -47,6 +47,10 @@ Average = Callable[[Any, Any, Array], Any]
 It begins as a copy of the first weights, and is held in float32 where they are in less.
 """
 
+Regrade = Callable[[Any, Any, Array, Callable[[Any], Any]], Any]
+"""The gradients to step with: from the weights, their gradients, the steps done before, and a function that
+gives the gradients of the same rows at other weights. Gradients are sums over target tokens."""
+
 Evaluated = Callable[[Any, Any], Any]
 """The weights that a model is used with, out of those that are stepped from and the optimizer's state."""
 
@@ -86,7 +90,8 @@ class Program:
     carries from step to step. `applied` names the methods so far.
 
     Evaluation, samples, generation and export use the running `average` where there is one, or what
-    `evaluated` makes of weights and optimizer state, else the weights that are trained.
+    `evaluated` makes of weights and optimizer state, else the weights that are trained. `regrade` says with
+    which gradients to step, where it is others than the loss's own.
     """
 
     trainable: Spec
@@ -100,6 +105,7 @@ class Program:
     applied: tuple[str, ...] = ()
     average: Average | None = None
     evaluated: Evaluated | None = None
+    regrade: Regrade | None = None
 
     def refine(self, method: object, **changes: Any) -> Program:
         """This program with changes, and the method that made them on record.

@@ -216,6 +216,13 @@ class Step:
             grads, (_, weight, sums, program_state) = self.gradients(
                 state.trainable, frozen, state.program, batch, key
             )
+        if program.regrade is not None:
+
+            def gradients(trainable: Any) -> Any:
+                return self.gradients(trainable, frozen, state.program, batch, key)[0]
+
+            with jax.named_scope("regrade"):
+                grads = program.regrade(state.trainable, grads, state.step, gradients)
         share = 1.0 / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
         metrics = {name: value * share.astype(value.dtype) for name, value in sums.items()}
         if ACTIVATION_SQUARES in metrics:
