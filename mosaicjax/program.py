@@ -35,9 +35,16 @@ class Loss(Protocol):
     """
 
     def __call__(
-        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
+        self,
+        trainable: Any,
+        frozen: Any,
+        state: Any,
+        batch: Batch,
+        key: Array,
+        layout: Layout,
+        step: Array | int = 0,
     ) -> tuple[Array, Array, dict[str, Array], Any]:
-        """The sums of this microbatch."""
+        """The sums of this microbatch; `step` is the step's number, from 0."""
         ...
 
 
@@ -49,7 +56,7 @@ It begins as a copy of the first weights, and is held in float32 where they are 
 
 Regrade = Callable[[Any, Any, Array, Callable[[Any], Any]], Any]
 """The gradients to step with: from the weights, their gradients, the steps done before, and a function that
-gives the gradients of the same rows at other weights. Gradients are sums over target tokens."""
+gives the gradients of the same rows at other weights. All are means times the step's target tokens."""
 
 Evaluated = Callable[[Any, Any], Any]
 """The weights that a model is used with, out of those that are stepped from and the optimizer's state."""
@@ -87,7 +94,7 @@ class Program:
     `frozen` weights are an argument of the step, never part of it: where there are any, both trees have the
     model's form, with None for what is in the other (`spec.join`). `optimizer` is built for all weights and
     meets such trees: its own, of masks or labels, come first where it maps over both. `state` is what a loss
-    carries from step to step. `applied` names the methods so far.
+    carries from step to step. `applied` names the methods so far, `steps` are the run's.
 
     Evaluation, samples, generation and export use the running `average` where there is one, or what
     `evaluated` makes of weights and optimizer state, else the weights that are trained. `regrade` says with
@@ -106,6 +113,7 @@ class Program:
     average: Average | None = None
     evaluated: Evaluated | None = None
     regrade: Regrade | None = None
+    steps: int = 1
 
     def refine(self, method: object, **changes: Any) -> Program:
         """This program with changes, and the method that made them on record.
@@ -161,13 +169,17 @@ class DecoderLoss:
     domains: int = 1
 
     def __call__(
-        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
+        self,
+        trainable: Any,
+        frozen: Any,
+        state: Any,
+        batch: Batch,
+        key: Array,
+        layout: Layout,
+        step: Array | int = 0,
     ) -> tuple[Array, Array, dict[str, Array], Any]:
         """See `Loss`."""
-        keys_B = (
-            jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["row"]) if self.decoder.drops else None
-        )
-        context = self.context(batch, layout, keys_B)
+        context = self.context(batch, layout, self.row_keys(batch, key))
         weights = join(trainable, frozen)
         x_BLD = self.decoder.embed(weights, batch["tokens"], context)
         output = self.decoder.hidden(weights, x_BLD, context, measure=self.measure)
@@ -193,6 +205,22 @@ class DecoderLoss:
             squares = jnp.square(jax.lax.stop_gradient(measured).astype(weight.dtype))
             metrics[ACTIVATION_SQUARES] = squares * weight
         return objective, weight, metrics, state
+
+    def of_rows(self, trainable: Any, frozen: Any, batch: Batch, key: Array, layout: Layout) -> Array:
+        """The cross-entropy of each row, summed over its target tokens, as training would see it, [B]."""
+        context = self.context(batch, layout, self.row_keys(batch, key))
+        weights = join(trainable, frozen)
+        x_BLD = self.decoder.embed(weights, batch["tokens"], context)
+        rows_B: Array = self.terms(
+            weights, self.decoder.hidden(weights, x_BLD, context).hidden_BLD, batch, context
+        ).nll_B
+        return rows_B
+
+    def row_keys(self, batch: Batch, key: Array) -> Array | None:
+        """One key a row, where the model drops anything."""
+        if not self.decoder.drops:
+            return None
+        return jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["row"])
 
     def context(self, batch: Batch, layout: Layout, keys_B: Array | None = None) -> Context:
         """What the layers are told of these rows."""

@@ -225,6 +225,7 @@ class Recipe:
             rate=self.optimizer.lr.build(self.steps),
             phase=self.phase(),
             dtypes=self.dtypes,
+            steps=self.steps,
         )
         for method in self.methods:
             program = method(program)

@@ -214,12 +214,16 @@ class Step:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         with jax.named_scope("gradients"):
             grads, (_, weight, sums, program_state) = self.gradients(
-                state.trainable, frozen, state.program, batch, key
+                state.trainable, frozen, state.program, batch, key, state.step
             )
         if program.regrade is not None:
 
             def gradients(trainable: Any) -> Any:
-                return self.gradients(trainable, frozen, state.program, batch, key)[0]
+                found = self.gradients(trainable, frozen, state.program, batch, key, state.step)
+                # A loss that chooses its rows may choose others, of another weight, at other weights.
+                again, (_, other, _, _) = found
+                ratio = weight / jnp.maximum(other, jnp.finfo(other.dtype).tiny)
+                return jax.tree.map(lambda grad: grad * ratio.astype(grad.dtype), again)
 
             with jax.named_scope("regrade"):
                 grads = program.regrade(state.trainable, grads, state.step, gradients)
@@ -299,16 +303,18 @@ class Step:
         return updates, new
 
     def gradients(
-        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array
+        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, step: Array | int = 0
     ) -> tuple[Any, Sums]:
         """Summed gradients of the weighted objective over all microbatches and devices, and the sums."""
         layout, program = self.layout, self.program
         if not layout.explicit:
-            return accumulate(program.loss, trainable, frozen, state, batch, key, layout)
+            return accumulate(program.loss, trainable, frozen, state, batch, key, layout, step)
 
-        def shard(trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array) -> tuple[Any, Sums]:
+        def shard(
+            trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, step: Array
+        ) -> tuple[Any, Sums]:
             grads, (objective, weight, sums, state) = accumulate(
-                program.loss, trainable, frozen, state, batch, key, layout.inside()
+                program.loss, trainable, frozen, state, batch, key, layout.inside(), step
             )
             grads = jax.tree.map(lambda grad: jax.lax.psum(grad, "data"), grads)
             return grads, (*jax.lax.psum((objective, weight, sums), layout.batch_axes), state)
@@ -321,12 +327,12 @@ class Step:
         sharded = jax.shard_map(
             shard,
             mesh=layout.mesh,
-            in_specs=(weights, held, P(), rows, P()),
+            in_specs=(weights, held, P(), rows, P(), P()),
             out_specs=(weights, (P(), P(), P(), P())),
             axis_names=manual,
             check_vma=False,
         )
-        result: tuple[Any, Sums] = sharded(trainable, frozen, state, dict(batch), key)
+        result: tuple[Any, Sums] = sharded(trainable, frozen, state, dict(batch), key, jnp.asarray(step))
         return result
 
 
@@ -336,13 +342,20 @@ def digest(lowered: Any) -> str:
 
 
 def accumulate(
-    loss: Loss, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    state: Any,
+    batch: Batch,
+    key: Array,
+    layout: Layout,
+    step: Array | int = 0,
 ) -> tuple[Any, Sums]:
     """Gradients and sums over the microbatches, which are the batch's leading dimension, one at a time."""
 
     def one(state: Any, rows: Batch) -> tuple[Any, Sums]:
         def objective(trainable: Any) -> tuple[Array, Sums]:
-            total, weight, sums, after = loss(trainable, frozen, state, rows, key, layout)
+            total, weight, sums, after = loss(trainable, frozen, state, rows, key, layout, step)
             return total, (total, weight, sums, after)
 
         grads, sums = jax.grad(objective, has_aux=True)(trainable)

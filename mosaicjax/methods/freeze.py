@@ -43,7 +43,7 @@ class FreezeLayers(Method):
                 "FreezeLayers after ScaleRates, whose patterns would be of weights that are not trained",
                 fix="FreezeLayers first",
             )
-        spec = program.trainable
+        program, spec = program.refine(self), program.trainable
         found = matches(spec, self.patterns, "FreezeLayers.patterns")
         counts = {name: _first_layers(name, numbers) for name, numbers in found.items()}
 
@@ -62,7 +62,7 @@ class FreezeLayers(Method):
         trainable, frozen = part(False), part(True)
         if not trainable.count():
             raise InputError("FreezeLayers leaves nothing to train", got=" ".join(self.patterns))
-        return program.refine(self, trainable=trainable, frozen=frozen)
+        return replace(program, trainable=trainable, frozen=frozen)
 
 
 def _first_layers(name: str, numbers: list[int | None]) -> int:

@@ -57,7 +57,7 @@ def test_small_weights_are_averaged_in_float32():
     assert float(mean["a"][0]) == pytest.approx(1 - 0.999**100, rel=1e-4)
 
 
-@pytest.mark.parametrize("mesh", ["one", *toy.MESHES])
+@pytest.mark.parametrize("mesh", [pytest.param("compiler", marks=pytest.mark.slow), "explicit"])
 def test_a_step_averages_the_new_weights(mesh):
     method = Ema(decay=0.5, start=1, every=2)
     states, _, state = toy.run(method(toy.program()), 5, toy.MESHES.get(mesh, toy.ONE))

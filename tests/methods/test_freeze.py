@@ -56,7 +56,7 @@ def frozen_by_hand(weights, before):
     return mixed
 
 
-@pytest.mark.parametrize("mesh", ["one", *toy.MESHES])
+@pytest.mark.parametrize("mesh", [pytest.param("compiler", marks=pytest.mark.slow), "explicit"])
 def test_the_rest_is_trained_as_by_hand(mesh):
     start = toy.whole_start()
 

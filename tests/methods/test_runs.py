@@ -23,20 +23,24 @@ pytestmark = pytest.mark.slow
 
 BEFORE = """from mosaicjax.methods.ema import Ema
 from mosaicjax.methods.freeze import FreezeLayers
-from mosaicjax.methods.rates import ScaleRates"""
+from mosaicjax.methods.rates import ScaleRates
+from mosaicjax.methods.sam import Sam
+from mosaicjax.methods.selective import SelectiveBackprop"""
 MODEL = "mpt.Config(layers=3, embed=32, heads=2, mlp=128, vocab=320)"
 METHODS = """(
         ClipGradients(norm=1.0),
         Ema(decay=0.5, start=1, every=2),
         FreezeLayers(("layer/0/*", "*/mlp/down", "norm/*")),
         ScaleRates((("layer/1/*", 0.5),)),
+        SelectiveBackprop(start=0.3, end=1.0),
+        Sam(every=2),
     )"""
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_store, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "methods.py"
-    return tiny.write_recipe(path, tiny_store, before=BEFORE, model=MODEL, methods=METHODS)
+    return tiny.write_recipe(path, tiny_store, before=BEFORE, model=MODEL, batch="16", methods=METHODS)
 
 
 @pytest.fixture(scope="module")

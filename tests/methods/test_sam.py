@@ -1,10 +1,7 @@
 """Sharpness-aware steps: the gradient at weights that were moved up the gradient, by hand."""
 
-from dataclasses import replace
-
 import jax
 import numpy as np
-import optax
 import pytest
 
 from mosaicjax.errors import InputError
@@ -13,11 +10,6 @@ from tests import stepping, tiny
 from tests.methods import toy
 
 RATE = 0.5
-
-
-def descent(**options):
-    """A program that steps down the gradient by `RATE` of it."""
-    return replace(toy.program(**options), optimizer=optax.sgd(RATE))
 
 
 def norm_of(grads):
@@ -44,7 +36,7 @@ def by_hand(weights, steps, rho, every):
 )
 def test_steps_are_those_by_hand(mesh, microbatch, every):
     rho = 0.3
-    made = Sam(rho=rho, every=every)(descent(microbatch=microbatch))
+    made = Sam(rho=rho, every=every)(toy.descent(microbatch=microbatch))
     states, metrics, _ = toy.run(made, 3, toy.MESHES.get(mesh, toy.ONE))
     expected, measured = by_hand(toy.whole_start(), 3, rho, every)
     toy.close(states[-1].trainable, expected, rtol=2e-4, atol=2e-6)
@@ -56,7 +48,7 @@ def test_steps_are_those_by_hand(mesh, microbatch, every):
 
 
 def test_a_zero_gradient_moves_nothing():
-    made = Sam()(descent())
+    made = Sam()(toy.descent())
     step = toy.step_of(made)
     with tiny.quick():
         compiled, state = step.lower().compile(), step.init()

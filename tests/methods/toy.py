@@ -6,6 +6,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mosaicjax.losses import nll
 from mosaicjax.mesh import BATCH, Mesh, gather_tree
@@ -55,6 +56,9 @@ class Loss:
         total = jnp.sum(nll_BL * batch["weights"])
         return total, jnp.sum(batch["weights"]), {"loss": total}, state
 
+    def of_rows(self, trainable, frozen, batch, key, layout):
+        return jnp.sum(self.nll(join(trainable, frozen), batch, layout) * batch["weights"], axis=1)
+
     def nll(self, weights, batch, layout):
         def ready(tree, params):
             return gather_tree(tree, params, layout, self.dtypes)
@@ -75,7 +79,12 @@ def program(*, microbatch=BATCH_ROWS, optimizer=None, dtypes=None, steps=30):
     dtypes = dtypes or Dtypes()
     built, rate = optimizer.build(SPEC, steps), optimizer.lr.build(steps)
     phase = Phase(SEQ, BATCH_ROWS, microbatch)
-    return Program(SPEC, Spec({}, {}), {}, Loss(dtypes), built, rate, phase, dtypes)
+    return Program(SPEC, Spec({}, {}), {}, Loss(dtypes), built, rate, phase, dtypes, steps=steps)
+
+
+def descent(rate=0.5, **options):
+    """A program that steps down the gradient by `rate` of it."""
+    return replace(program(**options), optimizer=optax.sgd(rate))
 
 
 def step_of(made, mesh=ONE):
