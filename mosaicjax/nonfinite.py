@@ -30,7 +30,7 @@ def first_nonfinite(step: Step, decoder: Model, trainable: Any, frozen: Any, bat
     measured = replace(loss, measure=True)
     layout = replace(step.layout, explicit=False)
 
-    def look(trainable: Any, batch: Batch) -> tuple[Any, Any]:
+    def look(trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
         grads, (_, weight, sums, _) = accumulate(measured, trainable, frozen, {}, batch, key, layout)
         return sums, dict(rms_by_layer(step.program.trainable, grads))
 
@@ -38,7 +38,7 @@ def first_nonfinite(step: Step, decoder: Model, trainable: Any, frozen: Any, bat
     compiled = jax.jit(look, out_shardings=NamedSharding(layout.mesh, P()))
     for m in range(step.program.phase.microbatches):
         one = {name: array[m : m + 1] for name, array in batch.items()}
-        sums, grads = jax.device_get(compiled(trainable, one))
+        sums, grads = jax.device_get(compiled(trainable, frozen, one))
         for place, value in zip(decoder.places, sums[ACTIVATION_SQUARES], strict=True):
             if not np.isfinite(value):
                 return f"{place} (its output; microbatch {m})"

@@ -70,6 +70,7 @@ def test_a_step_averages_the_new_weights(mesh):
     assert places[0] == places[1]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_leaves_the_average():
     step = toy.step_of(Ema(decay=0.5)(toy.program()))
     with tiny.quick():

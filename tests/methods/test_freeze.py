@@ -12,6 +12,7 @@ from mosaicjax.losses import CrossEntropy
 from mosaicjax.methods.clip import ClipGradients
 from mosaicjax.methods.freeze import FreezeLayers
 from mosaicjax.models import mpt
+from mosaicjax.nonfinite import backward_order
 from mosaicjax.optim import AdamW, Constant, Lion
 from mosaicjax.program import Phase
 from mosaicjax.spec import join, split, whole_spec
@@ -119,6 +120,7 @@ def test_frozen_weights_are_an_argument_and_stay():
     np.testing.assert_array_equal(weights["embed"], 2 * start["embed"])
 
 
+@pytest.mark.slow
 def test_a_decoders_gradient_is_the_part_of_its_whole_gradient():
     decoder = mpt.Config(layers=2, embed=16, heads=2, mlp=16, vocab=32).build()
     made = stepping.program(decoder, Phase(8, 4, 2), loss=CrossEntropy(chunk=4))
@@ -138,6 +140,13 @@ def test_a_decoders_gradient_is_the_part_of_its_whole_gradient():
         or grads["stacks"][0][0]["layer"]["attention"]["query"] is None
     )
     toy.close(grads, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_of_what_is_left_is_named_by_its_layer():
+    decoder = mpt.Config(layers=3, embed=16, heads=2, mlp=16, vocab=32).build()
+    grads = {"embed/tokens": np.float32(1), "stacks/0/0/layer/mlp/up": np.array([2, 3], np.float32)}
+    named = [("layer 2, mlp/up", 3.0), ("layer 1, mlp/up", 2.0), ("embed/tokens", 1.0)]
+    assert backward_order(decoder, grads) == named
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """Sharpness-aware steps: the gradient at weights that were moved up the gradient, by hand."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mosaicjax.errors import InputError
 from mosaicjax.methods.sam import Sam
-from tests import stepping, tiny
 from tests.methods import toy
 
 RATE = 0.5
@@ -32,7 +32,11 @@ def by_hand(weights, steps, rho, every):
 
 @pytest.mark.parametrize(
     ("mesh", "microbatch", "every"),
-    [("one", 8, 1), ("compiler", 4, 2), ("explicit", 4, 2)],
+    [
+        pytest.param("one", 8, 1, marks=pytest.mark.slow),
+        pytest.param("compiler", 4, 2, marks=pytest.mark.slow),
+        ("explicit", 4, 2),
+    ],
 )
 def test_steps_are_those_by_hand(mesh, microbatch, every):
     rho = 0.3
@@ -48,15 +52,9 @@ def test_steps_are_those_by_hand(mesh, microbatch, every):
 
 
 def test_a_zero_gradient_moves_nothing():
-    made = Sam()(toy.descent())
-    step = toy.step_of(made)
-    with tiny.quick():
-        compiled, state = step.lower().compile(), step.init()
-    before = jax.tree.map(np.asarray, state.trainable)
-    rows = toy.batch() | {"weights": np.zeros((toy.BATCH_ROWS, toy.SEQ), np.float32)}
-    state, _, metrics = compiled(state, {}, stepping.put(step, rows), stepping.signals(step))
-    assert metrics["fine"]
-    toy.close(jax.tree.map(np.asarray, state.trainable), before, rtol=0, atol=0)
+    weights = {"a": jnp.asarray([1.0, -2.0])}
+    moved = Sam().regrade(weights, {"a": jnp.zeros(2)}, jnp.int32(0), lambda weights: weights)
+    np.testing.assert_array_equal(moved["a"], weights["a"])
 
 
 @pytest.mark.parametrize("sam", [Sam(rho=0.0), Sam(rho=-1.0), Sam(every=0)])

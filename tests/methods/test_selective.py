@@ -54,7 +54,10 @@ def by_hand(weights, steps, kept, microbatch, active):
 @pytest.mark.parametrize(
     ("mesh", "microbatch", "method", "active"),
     [
-        ("one", 4, SelectiveBackprop(start=1 / 3, end=1.0, interrupt=2, choice="top"), {2, 4}),
+        pytest.param(
+            *("one", 4, SelectiveBackprop(start=1 / 3, end=1.0, interrupt=2, choice="top"), {2, 4}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("compiler", 8, replace(TOP, keep=0.3), {0, 1, 2, 3, 4}, marks=pytest.mark.slow),
         ("explicit", 8, replace(TOP, keep=0.3, end=0.5), {0, 1, 2}),
     ],
@@ -68,6 +71,23 @@ def test_the_rows_of_highest_loss_are_learnt_from(mesh, microbatch, method, acti
     toy.close(states[-1].trainable, expected, rtol=2e-4, atol=2e-6)
     plain, _ = by_hand(toy.whole_start(), 5, 2, microbatch, set())
     assert np.abs(plain["embed"] - expected["embed"]).max() > 1e-3
+
+
+@given(
+    bounds=st.lists(st.integers(0, 20), min_size=2, max_size=2, unique=True).map(sorted),
+    interrupt=st.sampled_from([0, 2, 3]),
+    steps=st.integers(1, 25),
+)
+def test_when_rows_are_left_out(bounds, interrupt, steps):
+    """Shares of the run in twentieths, so that the oracle counts in whole numbers."""
+    first, last = bounds
+    method = SelectiveBackprop(start=first / 20, end=last / 20, interrupt=interrupt)
+    numbers = np.arange(25, dtype=np.int32)
+    expected = [
+        20 * n >= first * steps and 20 * n < last * steps and not (interrupt and (n + 1) % interrupt == 0)
+        for n in range(steps)
+    ]
+    assert np.asarray(method.active(numbers, steps)).tolist()[:steps] == expected
 
 
 @pytest.mark.slow
@@ -114,7 +134,8 @@ def test_rows_without_targets_are_never_kept_and_broken_ones_are_not_hidden():
         assert int(jax.lax.top_k(scores, 1)[1][0]) == 5
 
 
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_decoders_rows(packed):
     """Its gradient is that of the rows kept, in one pass and by chunks of the loss."""
     decoder = mpt.Config(layers=1, embed=16, heads=2, mlp=16, vocab=32).build()
