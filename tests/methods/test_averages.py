@@ -5,13 +5,17 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax.contrib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mosaicjax import saved
 from mosaicjax.errors import InputError
 from mosaicjax.methods.ema import Ema
+from mosaicjax.methods.freeze import FreezeLayers
 from mosaicjax.methods.swa import Swa
+from mosaicjax.spec import split
 from tests import stepping, tiny
 from tests.methods import toy
 
@@ -103,3 +107,36 @@ def test_the_average_costs_one_copy_of_the_weights():
 def test_averages_that_cannot_be(method, message):
     with pytest.raises(InputError, match=message):
         method(toy.program())
+
+
+@pytest.mark.slow
+def test_an_optimizer_may_say_which_weights_are_used():
+    """Schedule-free descent steps from y and is used at x, which its state's z and y give."""
+    free = optax.contrib.schedule_free_sgd(0.5, b1=0.9)
+    made = replace(
+        toy.program(),
+        optimizer=free,
+        evaluated=lambda weights, state: optax.contrib.schedule_free_eval_params(state, weights),
+    )
+    with pytest.raises(InputError, match="two say which weights .* got the optimizer then Ema"):
+        Ema()(made)
+    made = FreezeLayers(("embed", "layer/[01]/mix"))(made)
+    step = toy.step_of(made)
+    states, _, state = toy.run(made, 2)
+    frozen = step.init_frozen()
+    y, z = states[-1].trainable, states[-1].optimizer.z
+    expected = jax.tree.map(lambda y, z: (y - (1 - 0.9) * z) / 0.9, y, z)
+    used = saved.used(step, state, frozen)
+    toy.close(jax.tree.map(np.asarray, split(used, made.trainable, made.frozen)[0]), expected, rtol=1e-4)
+    np.testing.assert_array_equal(used["embed"], frozen["embed"])
+    assert np.abs(expected["norm"] - y["norm"]).max() > 1e-3
+    held, abstract = saved.fields(step, state, frozen), saved.abstract(step)
+    assert jax.tree.structure(held) == jax.tree.structure(abstract)
+    for ours, wanted in zip(jax.tree.leaves(held), jax.tree.leaves(abstract), strict=True):
+        assert (ours.shape, ours.dtype, ours.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
+    assert held["evaluated"]["embed"] is None
+    np.testing.assert_array_equal(held["evaluated"]["norm"], used["norm"])
+    back, kept = saved.parts(step, held)
+    toy.close(
+        jax.tree.map(np.asarray, (back, kept)), jax.tree.map(np.asarray, (state, frozen)), rtol=0, atol=0
+    )
