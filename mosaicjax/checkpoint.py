@@ -121,11 +121,8 @@ def restore_params(
         names = {own: other if (other := own.replace(field, before, 1)) in saved else own for own in wanted}
         if field:
             saved = {name: info for name, info in saved.items() if f"{name}.".startswith(f"{field}.")}
-        if cast:
-            saved = {
-                name: ArrayInfo(info.shape, wanted[name].dtype.name) if name in wanted else info
-                for name, info in saved.items()
-            }
+        for name in [name for name in saved if cast and name in wanted]:
+            saved[name] = ArrayInfo(saved[name].shape, wanted[name].dtype.name)
         _compare(path, wanted, saved)
     with _context(path), _one_line(f"cannot restore {path}", path):
         restored = ocp.load_checkpointables(path, {_STATE: {names[own]: wanted[own] for own in wanted}})[

@@ -11,10 +11,11 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mosaicjax.accumulate import accumulate
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.models.model import Model
 from mosaicjax.program import ACTIVATION_SQUARES, Batch, DecoderLoss
-from mosaicjax.step import Step, accumulate, rms_by_layer
+from mosaicjax.step import Step, rms_by_layer
 
 
 def first_nonfinite(step: Step, decoder: Model, trainable: Any, frozen: Any, batch: Batch, key: Array) -> str:

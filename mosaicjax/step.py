@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mosaicjax.accumulate import Sums, accumulate
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import BATCH, Layout, shardings
 from mosaicjax.program import (
@@ -22,15 +23,11 @@ from mosaicjax.program import (
     DOMAIN_NLL,
     DOMAIN_TOKENS,
     Batch,
-    Loss,
     Measured,
     Phase,
     Program,
 )
 from mosaicjax.spec import Param, Spec, Tree, at_least_float32, is_param, path_name
-
-Sums = tuple[Array, Array, dict[str, Array], Any]
-"""Weighted objective, weight, weighted metrics, program state."""
 
 
 @struct.dataclass
@@ -339,48 +336,6 @@ class Step:
 def digest(lowered: Any) -> str:
     """What a lowered step is known by: the SHA-256 of its StableHLO, the same wherever it is compiled."""
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
-
-
-def accumulate(
-    loss: Loss,
-    trainable: Any,
-    frozen: Any,
-    state: Any,
-    batch: Batch,
-    key: Array,
-    layout: Layout,
-    step: Array | int = 0,
-) -> tuple[Any, Sums]:
-    """Gradients and sums over the microbatches, which are the batch's leading dimension, one at a time."""
-
-    def one(state: Any, rows: Batch) -> tuple[Any, Sums]:
-        def objective(trainable: Any) -> tuple[Array, Sums]:
-            total, weight, sums, after = loss(trainable, frozen, state, rows, key, layout, step)
-            return total, (total, weight, sums, after)
-
-        grads, sums = jax.grad(objective, has_aux=True)(trainable)
-        return grads, sums
-
-    microbatches = next(iter(batch.values())).shape[0]
-    first = {name: array[0] for name, array in batch.items()}
-    if microbatches == 1:
-        return one(state, first)
-
-    def add(carry: tuple[Any, Sums], rows: Batch) -> tuple[tuple[Any, Sums], None]:
-        grads, (objective, weight, sums, state) = carry
-        new_grads, (*new, state) = one(state, rows)
-        so_far = (objective, weight, sums)
-        return (
-            jax.tree.map(jnp.add, grads, new_grads),
-            (*jax.tree.map(jnp.add, so_far, tuple(new)), state),
-        ), None
-
-    shapes = jax.eval_shape(one, state, first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    zero_grads, (objective, weight, sums, _) = zeros
-    zero_grads = jax.tree.map(jnp.zeros_like, trainable) if layout.manual else zero_grads
-    (grads, total), _ = jax.lax.scan(add, (zero_grads, (objective, weight, sums, state)), dict(batch))
-    return grads, total
 
 
 def rms_by_layer(spec: Spec, tree: Tree) -> list[tuple[str, Array]]:

@@ -145,3 +145,17 @@ def test_evaluate_tells_the_same_bits_as_the_run(run, capsys):
     bits, tokens = (float(model.replace("(", "").replace(",", "").split()[i]) for i in (1, -2))
     # Printed to the whole bit.
     assert bits == pytest.approx(loss * tokens / math.log(2), abs=1)
+
+
+def test_two_processes_do_the_same(run, recipe, tmp_path):
+    """Saved by both, each its shards, and gone on with by this one."""
+    options = ("--steps", 5, "--save.every", 3, "--eval.every", 0, "--log.tensorboard", "False")
+    out = tmp_path / "two"
+    results = tiny.ended(tiny.launch_job("train", recipe, "--out", out, *options))
+    assert [result.returncode for result in results] == [0, 0], results
+    tiny.train(recipe, out, "--save.every", 1, "--save.keep", 100)
+    np.testing.assert_allclose(tiny.losses(out), tiny.losses(run), rtol=1e-5)
+    theirs = tiny.arrays(run, 6)
+    for name, array in tiny.arrays(out, 6).items():
+        if name.startswith(("trainable.", "evaluated.")):
+            np.testing.assert_allclose(array, theirs[name], atol=2e-4, err_msg=name)
