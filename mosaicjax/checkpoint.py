@@ -95,11 +95,18 @@ def read_about(run_dir: storage.PathLike, step: int) -> About:
 
 
 def restore_params(
-    run_dir: storage.PathLike, step: int, abstract: Any, *, field: str = "params", cast: bool = False
+    run_dir: storage.PathLike,
+    step: int,
+    abstract: Any,
+    *,
+    field: str = "params",
+    before: str = "",
+    cast: bool = False,
 ) -> Any:
-    """Restore one field of the saved state alone; nothing else is read, the optimizer's state neither.
+    """Restore one field of the saved state alone, or with an empty name all of it; nothing else is read.
 
-    With `cast`, arrays saved in another dtype are turned into the one asked for; else they are refused.
+    An array that the field `before` has too is read from there. With `cast`, arrays saved in another dtype
+    are turned into the one asked for; else they are refused.
 
     `abstract` is that field's pytree of `jax.ShapeDtypeStruct`, each with the sharding wanted. In a job of
     several processes all of them call it.
@@ -107,7 +114,21 @@ def restore_params(
     Raises:
         InputError: there is no such checkpoint, or it holds other weights than these.
     """
-    return _restore(run_dir, step, abstract, field=field, cast=cast)
+    path = storage.join(checkpoints_dir(run_dir), str(step))
+    wanted = {name: _abstract(leaf) for name, leaf in _named(abstract, field).items()}
+    with processes.refused_by_all(f"reading {path}"):
+        saved = read_about(run_dir, step).arrays
+        names = {own: other if (other := own.replace(field, before, 1)) in saved else own for own in wanted}
+        if field:
+            saved = {name: info for name, info in saved.items() if f"{name}.".startswith(f"{field}.")}
+        for name in [name for name in saved if cast and name in wanted]:
+            saved[name] = ArrayInfo(saved[name].shape, wanted[name].dtype.name)
+        _compare(path, wanted, saved)
+    with _context(path), _one_line(f"cannot restore {path}", path):
+        restored = ocp.load_checkpointables(path, {_STATE: {names[own]: wanted[own] for own in wanted}})[
+            _STATE
+        ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[names[name]] for name in wanted])
 
 
 class Saved:
@@ -244,7 +265,7 @@ class Checkpoints:
             InputError: there is no such checkpoint, or its names, shapes or dtypes differ from these.
         """
         self.wait()
-        return _restore(self.run_dir, step, abstract_state, field="")
+        return restore_params(self.run_dir, step, abstract_state, field="")
 
     def close(self) -> None:
         """Wait for the running save.
@@ -361,25 +382,6 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = SingleDeviceSharding(jax.devices()[0])
     dtype = jax.dtypes.canonicalize_dtype(shaped.dtype)
     return jax.ShapeDtypeStruct(shaped.shape, dtype, sharding=sharding)
-
-
-def _restore(run_dir: storage.PathLike, step: int, abstract: Any, *, field: str, cast: bool = False) -> Any:
-    """Restore one field of the saved state, or with an empty name all of it."""
-    path = storage.join(checkpoints_dir(run_dir), str(step))
-    wanted = {name: _abstract(leaf) for name, leaf in _named(abstract, field).items()}
-    with processes.refused_by_all(f"reading {path}"):
-        saved = read_about(run_dir, step).arrays
-        if field:
-            saved = {name: info for name, info in saved.items() if f"{name}.".startswith(f"{field}.")}
-        if cast:
-            saved = {
-                name: ArrayInfo(info.shape, wanted[name].dtype.name) if name in wanted else info
-                for name, info in saved.items()
-            }
-        _compare(path, wanted, saved)
-    with _context(path), _one_line(f"cannot restore {path}", path):
-        restored = ocp.load_checkpointables(path, {_STATE: wanted})[_STATE]
-    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
 
 
 def _compare(path: str, wanted: dict[str, jax.ShapeDtypeStruct], saved: dict[str, ArrayInfo]) -> None:

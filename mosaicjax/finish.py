@@ -13,11 +13,12 @@ from typing import TextIO
 import jax
 
 from mosaicjax import processes, storage
-from mosaicjax.checkpoint import complete_steps, restore_params
+from mosaicjax.checkpoint import complete_steps
 from mosaicjax.errors import InputError
 from mosaicjax.evaluate.compression import gzip_held_out
 from mosaicjax.evaluate.heldout import Evaluator
 from mosaicjax.generate import ONE_DEVICE, Sampling, generate, load_run
+from mosaicjax.hub import start
 from mosaicjax.log import read_rows
 from mosaicjax.mesh import shardings
 from mosaicjax.models import flops
@@ -107,7 +108,7 @@ def sample(run: Run) -> str:
     )
     completions = generate(
         ready.decoder,
-        run.state.trainable,
+        run.weights(),
         ready.step.layout,
         ready.recipe.dtypes,
         ready.data.tokenizer,
@@ -141,8 +142,9 @@ def evaluate_run(out: str) -> Iterator[str]:
     layout = ONE_DEVICE.build(jax.devices()[:1])
     last = recipe.in_phase(len(recipe.phases))
     decoder, program = last.program()
-    abstract = program.trainable.abstract(program.dtypes.param, shardings(program.trainable, layout))
-    weights = restore_params(out, steps[-1], abstract, field="trainable")
+    spec = decoder.spec()
+    abstract = spec.abstract(program.dtypes.param, shardings(spec, layout))
+    weights = start.weights(out, steps[-1], abstract)
     sizes = data.tokenizer.token_bytes
     rows, chunk = program.phase.microbatch, recipe.loss.chunk
     evaluator = Evaluator(decoder, layout, program.dtypes, data.held_out, sizes, rows, chunk)

@@ -11,10 +11,11 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mosaicjax.accumulate import accumulate
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.models.model import Model
 from mosaicjax.program import ACTIVATION_SQUARES, Batch, DecoderLoss
-from mosaicjax.step import Step, accumulate, rms_by_layer
+from mosaicjax.step import Step, rms_by_layer
 
 
 def first_nonfinite(step: Step, decoder: Model, trainable: Any, frozen: Any, batch: Batch, key: Array) -> str:
@@ -23,13 +24,14 @@ def first_nonfinite(step: Step, decoder: Model, trainable: Any, frozen: Any, bat
     The forward pass is looked at from the embeddings on, then the loss; if all of it is finite, the
     gradients from the head back to the embeddings.
     """
-    loss = step.program.loss
+    # Of a loss on some rows, that on all of them.
+    loss = getattr(step.program.loss, "of_all", step.program.loss)
     if not isinstance(loss, DecoderLoss):
         return "the loss (its parts cannot be told apart)"
     measured = replace(loss, measure=True)
     layout = replace(step.layout, explicit=False)
 
-    def look(trainable: Any, batch: Batch) -> tuple[Any, Any]:
+    def look(trainable: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
         grads, (_, weight, sums, _) = accumulate(measured, trainable, frozen, {}, batch, key, layout)
         return sums, dict(rms_by_layer(step.program.trainable, grads))
 
@@ -37,7 +39,7 @@ def first_nonfinite(step: Step, decoder: Model, trainable: Any, frozen: Any, bat
     compiled = jax.jit(look, out_shardings=NamedSharding(layout.mesh, P()))
     for m in range(step.program.phase.microbatches):
         one = {name: array[m : m + 1] for name, array in batch.items()}
-        sums, grads = jax.device_get(compiled(trainable, one))
+        sums, grads = jax.device_get(compiled(trainable, frozen, one))
         for place, value in zip(decoder.places, sums[ACTIVATION_SQUARES], strict=True):
             if not np.isfinite(value):
                 return f"{place} (its output; microbatch {m})"
@@ -67,7 +69,8 @@ def backward_order(decoder: Model, grads: dict[str, Any]) -> list[tuple[str, flo
         for name, values in grads.items():
             if name.startswith(f"stacks/{s}/{b}/"):
                 short = name.split("/layer/", 1)[1]
-                for turn, value in enumerate(values):
+                # Those of the last layers, where the first ones are frozen.
+                for turn, value in enumerate(values, layers.count - len(values)):
                     layer = layers.first + turn * layers.stride
                     named.append((layer, f"layer {layer}, {short}", float(value)))
     return [(name, value) for _, name, value in sorted(named, key=lambda entry: -entry[0])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from mosaicjax.losses import CrossEntropy, TokenLoss, by_chunks
 from mosaicjax.mesh import Layout
 from mosaicjax.models.model import Model
 from mosaicjax.optim import Rate
-from mosaicjax.spec import Dtypes, Spec
+from mosaicjax.spec import Dtypes, Spec, join
 
 ACTIVATION_SQUARES = "activation_mean_square"
 DOMAIN_NLL, DOMAIN_TOKENS = "domain_nll", "domain_tokens"
@@ -35,10 +35,31 @@ class Loss(Protocol):
     """
 
     def __call__(
-        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
+        self,
+        trainable: Any,
+        frozen: Any,
+        state: Any,
+        batch: Batch,
+        key: Array,
+        layout: Layout,
+        step: Array | int = 0,
     ) -> tuple[Array, Array, dict[str, Array], Any]:
-        """The sums of this microbatch."""
+        """The sums of this microbatch; `step` is the step's number, from 0."""
         ...
+
+
+Average = Callable[[Any, Any, Array], Any]
+"""A running average of the weights: from the one before, a step's new weights, and the steps done, from 1 on.
+
+It begins as a copy of the first weights, and is held in float32 where they are in less.
+"""
+
+Regrade = Callable[[Any, Any, Array, Callable[[Any], Any]], Any]
+"""The gradients to step with: from the weights, their gradients, the steps done before, and a function that
+gives the gradients of the same rows at other weights. All are means times the step's target tokens."""
+
+Evaluated = Callable[[Any, Any], Any]
+"""The weights that a model is used with, out of those that are stepped from and the optimizer's state."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +91,15 @@ class Phase:
 class Program:
     """What a train step is made of. A method maps one to another.
 
-    `frozen` weights are an argument of the step, never part of it. `state` is what a loss carries from step
-    to step. `applied` names the methods so far.
+    `frozen` weights are an argument of the step, never part of it: where there are any, both trees have the
+    model's form, with None for what is in the other (`spec.join`). `optimizer` is built for all weights and
+    meets such trees: its own, of masks or labels, come first where it maps over both. `state` is what a loss
+    carries from step to step. `applied` names the methods so far, `steps` are the run's. `heavy`: updates
+    cost more to compute anew than to hold.
+
+    Evaluation, samples, generation and export use the running `average` where there is one, or what
+    `evaluated` makes of weights and optimizer state, else the weights that are trained. `regrade` says with
+    which gradients to step, where it is others than the loss's own.
     """
 
     trainable: Spec
@@ -84,7 +112,10 @@ class Program:
     dtypes: Dtypes
     applied: tuple[str, ...] = ()
     heavy: bool = False
-    """Whether the optimizer's updates cost more to compute anew than to hold."""
+    average: Average | None = None
+    evaluated: Evaluated | None = None
+    regrade: Regrade | None = None
+    steps: int = 1
 
     def refine(self, method: object, **changes: Any) -> Program:
         """This program with changes, and the method that made them on record.
@@ -96,6 +127,21 @@ class Program:
         if name in self.applied:
             raise InputError(f"the method {name} is listed twice", got=" then ".join((*self.applied, name)))
         return replace(self, applied=(*self.applied, name), **changes)
+
+    def averaged(self, method: object, average: Average) -> Program:
+        """This program with a running average of its weights, which is what the model is used with.
+
+        Raises:
+            InputError: something else says already which weights those are.
+        """
+        refined = self.refine(method, average=average)
+        if self.average is not None or self.evaluated is not None:
+            raise InputError(
+                "two say which weights a model is used with, a method that averages them or the optimizer",
+                expected="one of them",
+                got=" then ".join(("the optimizer", *refined.applied)),
+            )
+        return refined
 
 
 @dataclass(frozen=True)
@@ -109,7 +155,7 @@ class Method:
 
 @dataclass(frozen=True)
 class DecoderLoss:
-    """The loss of a model on rows of tokens.
+    """The loss of a model on rows of tokens, its weights trainable or frozen (`spec.join`).
 
     `packed` rows bring segments and positions; others are one segment from position 0. The objective holds
     the losses of routers to experts too, where there are any; the metric `loss` does not. With `measure` the
@@ -125,16 +171,21 @@ class DecoderLoss:
     domains: int = 1
 
     def __call__(
-        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
+        self,
+        trainable: Any,
+        frozen: Any,
+        state: Any,
+        batch: Batch,
+        key: Array,
+        layout: Layout,
+        step: Array | int = 0,
     ) -> tuple[Array, Array, dict[str, Array], Any]:
         """See `Loss`."""
-        keys_B = (
-            jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["row"]) if self.decoder.drops else None
-        )
-        context = self.context(batch, layout, keys_B)
-        x_BLD = self.decoder.embed(trainable, batch["tokens"], context)
-        output = self.decoder.hidden(trainable, x_BLD, context, measure=self.measure)
-        terms = self.terms(trainable, output.hidden_BLD, batch, context)
+        context = self.context(batch, layout, self.row_keys(batch, key))
+        weights = join(trainable, frozen)
+        x_BLD = self.decoder.embed(weights, batch["tokens"], context)
+        output = self.decoder.hidden(weights, x_BLD, context, measure=self.measure)
+        terms = self.terms(weights, output.hidden_BLD, batch, context)
         weight = jnp.sum(batch["weights"].astype(terms.nll.dtype))
         metrics = {"loss": terms.nll}
         if self.domains > 1:
@@ -156,6 +207,22 @@ class DecoderLoss:
             squares = jnp.square(jax.lax.stop_gradient(measured).astype(weight.dtype))
             metrics[ACTIVATION_SQUARES] = squares * weight
         return objective, weight, metrics, state
+
+    def of_rows(self, trainable: Any, frozen: Any, batch: Batch, key: Array, layout: Layout) -> Array:
+        """The cross-entropy of each row, summed over its target tokens, as training would see it, [B]."""
+        context = self.context(batch, layout, self.row_keys(batch, key))
+        weights = join(trainable, frozen)
+        x_BLD = self.decoder.embed(weights, batch["tokens"], context)
+        rows_B: Array = self.terms(
+            weights, self.decoder.hidden(weights, x_BLD, context).hidden_BLD, batch, context
+        ).nll_B
+        return rows_B
+
+    def row_keys(self, batch: Batch, key: Array) -> Array | None:
+        """One key a row, where the model drops anything."""
+        if not self.decoder.drops:
+            return None
+        return jax.vmap(lambda row: jax.random.fold_in(key, row))(batch["row"])
 
     def context(self, batch: Batch, layout: Layout, keys_B: Array | None = None) -> Context:
         """What the layers are told of these rows."""

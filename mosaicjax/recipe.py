@@ -236,6 +236,7 @@ class Recipe:
             phase=self.phase(),
             dtypes=self.dtypes,
             heavy=self.optimizer.heavy,
+            steps=self.steps,
         )
         for method in self.methods:
             program = method(program)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from mosaicjax import processes, recipe_file, storage
+from mosaicjax import processes, recipe_file, saved, storage
 from mosaicjax.checkpoint import Checkpoints, complete_steps
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, find_chip
@@ -27,6 +27,7 @@ from mosaicjax.models.model import Model
 from mosaicjax.recipe import Recipe
 from mosaicjax.recipe_file import Loaded
 from mosaicjax.run_data import Data, open_data
+from mosaicjax.spec import split
 from mosaicjax.step import Step, TrainState
 
 TOKENIZER = "tokenizer"
@@ -130,8 +131,8 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         if steps and storage.exists(storage.join(out, recipe_file.RECIPE_JSON)):
             before = recipe_file.from_run(out)
             recipe_file.check_code(before, loaded, out)
-            saved = Checkpoints(out).cursor(max(steps))
-            reached = max(steps) + len(saved.get("skips", ()))
+            cursor_then = Checkpoints(out).cursor(max(steps))
+            reached = max(steps) + len(cursor_then.get("skips", ()))
             for change in recipe_file.check_continues(before.recipe, recipe, out, reached):
                 say(f"changed since the last time: {change}")
     check_alike(loaded, data.digest)
@@ -150,7 +151,7 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
             cursor = read_cursor(out, latest, data)
             data = replace(data, stream=data.stream.skipping({*recipe.skips, *cursor.rolled_back}))
         elif recipe.init_from:
-            for line in start.check_start(recipe.init_from, recipe.model, program.trainable):
+            for line in start.check_start(recipe.init_from, recipe.model, each[0][0].spec()):
                 say(line)
         cursor = replace(cursor, skips=data.stream.skips, seconds=seconds_spent(out, cursor.seconds))
     decoders = tuple(decoder for decoder, _ in each)
@@ -190,12 +191,12 @@ def check_alike(loaded: Loaded, digest: str) -> None:
         )
 
 
-def seconds_spent(out: str, saved: dict[str, float]) -> dict[str, float]:
+def seconds_spent(out: str, before: dict[str, float]) -> dict[str, float]:
     """A checkpoint's seconds, with those that a killed process spent after it: they are paid for too."""
     if not storage.exists(storage.join(out, METRICS)):
-        return saved
+        return before
     logged = [row["time"].get("elapsed_seconds", 0.0) for row in read_rows(out)]
-    return {**saved, "total": max([saved.get("total", 0.0), *logged])}
+    return {**before, "total": max([before.get("total", 0.0), *logged])}
 
 
 def read_cursor(out: str, step: int, data: Data) -> Cursor:
@@ -204,9 +205,9 @@ def read_cursor(out: str, step: int, data: Data) -> Cursor:
     Raises:
         InputError: it was trained on other tokens than these, or with other steps left out.
     """
-    saved = Checkpoints(out).cursor(step)
-    lists = {name: tuple(saved.get(name, ())) for name in ("skips", "rolled_back", "recent")}
-    cursor = Cursor(**{**saved, **lists})
+    values = Checkpoints(out).cursor(step)
+    lists = {name: tuple(values.get(name, ())) for name in ("skips", "rolled_back", "recent")}
+    cursor = Cursor(**{**values, **lists})
     digest_now = data.digests[min(cursor.phase, len(data.digests) - 1)]
     if cursor.data != digest_now:
         raise InputError(
@@ -237,8 +238,8 @@ def hardware(recipe: Recipe) -> Hardware:
     return Hardware(chip.name, chips, recipe.price or chip.price, chip.peak(recipe.dtypes.compute))
 
 
-def first_state(ready: Ready) -> TrainState:
-    """The state that the cursor points at: restored, from another run's weights, or drawn from the seed.
+def first_state(ready: Ready) -> tuple[TrainState, Any]:
+    """State and frozen weights that the cursor points at: restored, from other weights, or from the seed.
 
     Raises:
         InputError: a checkpoint of other weights.
@@ -246,11 +247,12 @@ def first_state(ready: Ready) -> TrainState:
     step, recipe = ready.step, ready.recipe
     if ready.cursor.step:
         with Checkpoints(ready.out) as checkpoints:
-            restored: TrainState = checkpoints.restore(ready.cursor.step, step.abstract_state())
-        return restored
+            return saved.parts(step, checkpoints.restore(ready.cursor.step, saved.abstract(step)))
     if recipe.init_from:
-        return step.start(start.weights(recipe.init_from, start.NEWEST, step.abstract_state().trainable))
-    return step.init()
+        weights = start.weights(recipe.init_from, start.NEWEST, saved.abstract_weights(step))
+        trainable, frozen = split(weights, step.program.trainable, step.program.frozen)
+        return step.start(trainable), frozen
+    return step.init(), step.init_frozen()
 
 
 def record(ready: Ready, program: str) -> None:
@@ -284,7 +286,7 @@ def surroundings(ready: Ready, program: str) -> dict[str, Any]:
         "program": program,
         "seed": ready.recipe.seed,
         "dtypes": vars(ready.recipe.dtypes),
-        "parameters": ready.step.program.trainable.count(),
+        "parameters": ready.decoder.spec().count(),
         "data": ready.data.digest,
         "first_step": ready.cursor.step,
     }
@@ -319,7 +321,7 @@ def resume_row(cursor: Cursor) -> int:
 
 def chips_text(ready: Ready) -> str:
     """The model and where it runs, in one line."""
-    count = ready.step.program.trainable.count()
+    count = ready.decoder.spec().count()
     mesh = (
         " x ".join(f"{name} {size}" for name, size in ready.step.layout.mesh.shape.items() if size > 1)
         or "1 device"

@@ -16,6 +16,7 @@ from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe
 from mosaicjax.report.live import format_count
 from mosaicjax.run_data import open_data
+from mosaicjax.spec import whole_spec
 from mosaicjax.step import Step
 
 GIB = 2**30
@@ -62,7 +63,8 @@ def show(recipe: Recipe, devices: int) -> Iterator[str]:
 
 def weights_table(step: Step) -> Iterator[str]:
     """Name, axes, shape, partition and count of every weight, and their sum."""
-    spec, layout = step.program.trainable, step.layout
+    program, layout = step.program, step.layout
+    spec = whole_spec(program.trainable, program.frozen)
     rows = [("weight", "axes", "shape", "partition", "count")]
     for name, param in spec.items():
         shape = param.shape(spec.dims)
@@ -73,7 +75,8 @@ def weights_table(step: Step) -> Iterator[str]:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
         yield "  ".join([*cells, row[4].rjust(widths[4])])
-    yield f"{spec.count():,} parameters"
+    frozen = program.frozen.count()
+    yield f"{spec.count():,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
 
 
 def _place(entry: Any) -> str:
@@ -91,6 +94,9 @@ def memory(step: Step, devices: int) -> Iterator[str]:
         "optimizer": shard_bytes(state.optimizer),
         "batch": shard_bytes(step.abstract_batch()),
     }
+    for name, tree in (("average", state.average), ("frozen", step.abstract_frozen())):
+        if jax.tree.leaves(tree):
+            parts[name] = shard_bytes(tree)
     mesh = " x ".join(f"{name} {size}" for name, size in step.layout.mesh.shape.items())
     yield f"per chip of {devices} ({mesh}), without activations and gathered weights:"
     for name, count in {**parts, "together": sum(parts.values())}.items():

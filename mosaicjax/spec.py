@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -248,6 +249,64 @@ class Spec:
             return parts.reshape(shape)
 
         return draw
+
+
+def whole_spec(trainable: Spec, frozen: Spec) -> Spec:
+    """The declarations of all weights, see `join`."""
+    return (
+        Spec(_joined(trainable.tree, frozen.tree, _restacked), trainable.dims) if frozen.tree else trainable
+    )
+
+
+def join(trainable: Tree, frozen: Tree) -> Tree:
+    """All weights, out of trainable and frozen ones.
+
+    Each of the trees has None where the other has the whole weight; of a stacked weight that is in both, the
+    first layers are the frozen ones. An empty `frozen` stands for none.
+    """
+    return _joined(trainable, frozen, _stacked_on) if frozen else trainable
+
+
+def split(weights: Tree, trainable: Spec, frozen: Spec) -> tuple[Tree, Tree]:
+    """Trainable and frozen weights out of all of them; what `join` makes whole."""
+    if not frozen.tree:
+        return weights, {}
+
+    def cut(param: Any, other: Any, weight: Any, rest: bool) -> Any:
+        if param is None or weight is None or other is None:
+            return weight if param is not None else None
+        count = param.layers.count
+        part = slice(weight.shape[0] - count, None) if rest else slice(None, count)
+        return jax.jit(lambda weight: weight[part], out_shardings=weight.sharding)(weight)
+
+    def half(mine: Spec, others: Spec, rest: bool) -> Tree:
+        return jax.tree.map(partial(cut, rest=rest), mine.tree, others.tree, weights, is_leaf=_is_place)
+
+    return half(trainable, frozen, True), half(frozen, trainable, False)
+
+
+def _is_place(leaf: object) -> bool:
+    return leaf is None or is_param(leaf)
+
+
+def _joined(trainable: Tree, frozen: Tree, both: Callable[[Any, Any], Any]) -> Tree:
+    def one(mine: Any, held: Any) -> Any:
+        if mine is None or held is None:
+            return held if mine is None else mine
+        return both(held, mine)
+
+    return jax.tree.map(one, trainable, frozen, is_leaf=_is_place)
+
+
+def _restacked(first: Param, rest: Param) -> Param:
+    assert first.layers is not None and rest.layers is not None, "only stacked weights are in both"
+    return replace(rest, layers=replace(first.layers, count=first.layers.count + rest.layers.count))
+
+
+def _stacked_on(first: Array, rest: Array) -> Array:
+    if isinstance(rest, jax.core.Tracer):
+        return jnp.concatenate([first.astype(rest.dtype), rest])
+    return jax.jit(_stacked_on, out_shardings=rest.sharding)(first, rest)
 
 
 LAYER_KEY = "layer"

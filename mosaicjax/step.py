@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mosaicjax.accumulate import Sums, accumulate
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import BATCH, Layout, shardings
 from mosaicjax.program import (
@@ -22,28 +23,26 @@ from mosaicjax.program import (
     DOMAIN_NLL,
     DOMAIN_TOKENS,
     Batch,
-    Loss,
     Measured,
     Phase,
     Program,
 )
 from mosaicjax.spec import Param, Spec, Tree, at_least_float32, is_param, path_name
 
-Sums = tuple[Array, Array, dict[str, Array], Any]
-"""Weighted objective, weight, weighted metrics, program state."""
-
 
 @struct.dataclass
 class TrainState:
     """What a step changes, and a checkpoint holds.
 
-    `step` counts the steps done; it is also the number of the next one, from 0.
+    `step` counts the steps done; it is also the number of the next one, from 0. `average` is the weights'
+    running average, None where the program has none.
     """
 
     step: Any
     trainable: Any
     optimizer: Any
     program: Any
+    average: Any = None
 
 
 @struct.dataclass
@@ -112,7 +111,14 @@ class Step:
             is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         )
         state = jax.tree.map(copied, jax.eval_shape(lambda: program.state))
-        return TrainState(copied(jax.ShapeDtypeStruct((), jnp.int32)), trainable, optimizer, state)
+        average = None
+        if program.average is not None:
+            wide = at_least_float32(program.dtypes.param)
+            average = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wide, sharding=leaf.sharding), trainable
+            )
+        step = copied(jax.ShapeDtypeStruct((), jnp.int32))
+        return TrainState(step, trainable, optimizer, state, average)
 
     def init(self) -> TrainState:
         """The state before the first step, drawn from the seed straight onto its shards."""
@@ -122,13 +128,27 @@ class Step:
         )
         return self.start(trainable)
 
+    def init_frozen(self) -> Any:
+        """The frozen weights, drawn as `init` draws."""
+        frozen = self.program.frozen
+        key = jax.random.key(self.seed)
+        return frozen.init(key, self.program.dtypes.param, shardings(frozen, self.layout))
+
     def start(self, trainable: Any) -> TrainState:
         """The state before the first step, from given weights."""
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        abstract = self.abstract_state()
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         optimizer = jax.jit(self.program.optimizer.init, out_shardings=places.optimizer)(trainable)
         state = jax.jit(lambda: self.program.state, out_shardings=places.program)()
         step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=places.step)()
-        return TrainState(step, trainable, optimizer, state)
+        average = None
+        if abstract.average is not None:
+
+            def copies(weights: Any) -> Any:
+                return jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype), weights, abstract.average)
+
+            average = jax.jit(copies, out_shardings=places.average)(trainable)
+        return TrainState(step, trainable, optimizer, state, average)
 
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], Any, tuple[str | None, ...]]]:
         """Shape, dtype and named dims of each array of a batch: [microbatches, rows, ...]."""
@@ -198,8 +218,19 @@ class Step:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         with jax.named_scope("gradients"):
             grads, (_, weight, sums, program_state) = self.gradients(
-                state.trainable, frozen, state.program, batch, key
+                state.trainable, frozen, state.program, batch, key, state.step
             )
+        if program.regrade is not None:
+
+            def gradients(trainable: Any) -> Any:
+                found = self.gradients(trainable, frozen, state.program, batch, key, state.step)
+                # A loss that chooses its rows may choose others, of another weight, at other weights.
+                again, (_, other, _, _) = found
+                ratio = weight / jnp.maximum(other, jnp.finfo(other.dtype).tiny)
+                return jax.tree.map(lambda grad: grad * ratio.astype(grad.dtype), again)
+
+            with jax.named_scope("regrade"):
+                grads = program.regrade(state.trainable, grads, state.step, gradients)
         share = 1.0 / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
         metrics = {name: value * share.astype(value.dtype) for name, value in sums.items()}
         if ACTIVATION_SQUARES in metrics:
@@ -238,6 +269,11 @@ class Step:
             summed = self.after(trainable, summed)
             _, optimizer = self.update(summed, state)
             optimizer = kept_unless_fine(optimizer, state.optimizer)
+        average = state.average
+        if program.average is not None:
+            with jax.named_scope("average"):
+                after = program.average(average, trainable, state.step + 1)
+                average = kept_unless_fine(after, average)
         if self.measure:
             means = rms_by_layer(program.trainable, summed.means())
             metrics |= {f"grad_rms/{name}": value for name, value in means}
@@ -246,7 +282,7 @@ class Step:
             }
         metrics |= {"fine": fine, "stop": jnp.max(signals.stop)}
         step, program_state = kept_unless_fine((state.step + 1, program_state), (state.step, state.program))
-        return TrainState(step, trainable, optimizer, program_state), ~fine, metrics
+        return TrainState(step, trainable, optimizer, program_state, average), ~fine, metrics
 
     def after(self, trainable: Any, grads: SummedGrads) -> SummedGrads:
         """The gradients, to be had only once the new weights are there.
@@ -277,16 +313,18 @@ class Step:
         return updates, new
 
     def gradients(
-        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array
+        self, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, step: Array | int = 0
     ) -> tuple[Any, Sums]:
         """Summed gradients of the weighted objective over all microbatches and devices, and the sums."""
         layout, program = self.layout, self.program
         if not layout.explicit:
-            return accumulate(program.loss, trainable, frozen, state, batch, key, layout)
+            return accumulate(program.loss, trainable, frozen, state, batch, key, layout, step)
 
-        def shard(trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array) -> tuple[Any, Sums]:
+        def shard(
+            trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, step: Array
+        ) -> tuple[Any, Sums]:
             grads, (objective, weight, sums, state) = accumulate(
-                program.loss, trainable, frozen, state, batch, key, layout.inside()
+                program.loss, trainable, frozen, state, batch, key, layout.inside(), step
             )
             grads = jax.tree.map(lambda grad: jax.lax.psum(grad, "data"), grads)
             return grads, (*jax.lax.psum((objective, weight, sums), layout.batch_axes), state)
@@ -299,53 +337,18 @@ class Step:
         sharded = jax.shard_map(
             shard,
             mesh=layout.mesh,
-            in_specs=(weights, held, P(), rows, P()),
+            in_specs=(weights, held, P(), rows, P(), P()),
             out_specs=(weights, (P(), P(), P(), P())),
             axis_names=manual,
             check_vma=False,
         )
-        result: tuple[Any, Sums] = sharded(trainable, frozen, state, dict(batch), key)
+        result: tuple[Any, Sums] = sharded(trainable, frozen, state, dict(batch), key, jnp.asarray(step))
         return result
 
 
 def digest(lowered: Any) -> str:
     """What a lowered step is known by: the SHA-256 of its StableHLO, the same wherever it is compiled."""
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
-
-
-def accumulate(
-    loss: Loss, trainable: Any, frozen: Any, state: Any, batch: Batch, key: Array, layout: Layout
-) -> tuple[Any, Sums]:
-    """Gradients and sums over the microbatches, which are the batch's leading dimension, one at a time."""
-
-    def one(state: Any, rows: Batch) -> tuple[Any, Sums]:
-        def objective(trainable: Any) -> tuple[Array, Sums]:
-            total, weight, sums, after = loss(trainable, frozen, state, rows, key, layout)
-            return total, (total, weight, sums, after)
-
-        grads, sums = jax.grad(objective, has_aux=True)(trainable)
-        return grads, sums
-
-    microbatches = next(iter(batch.values())).shape[0]
-    first = {name: array[0] for name, array in batch.items()}
-    if microbatches == 1:
-        return one(state, first)
-
-    def add(carry: tuple[Any, Sums], rows: Batch) -> tuple[tuple[Any, Sums], None]:
-        grads, (objective, weight, sums, state) = carry
-        new_grads, (*new, state) = one(state, rows)
-        so_far = (objective, weight, sums)
-        return (
-            jax.tree.map(jnp.add, grads, new_grads),
-            (*jax.tree.map(jnp.add, so_far, tuple(new)), state),
-        ), None
-
-    shapes = jax.eval_shape(one, state, first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    zero_grads, (objective, weight, sums, _) = zeros
-    zero_grads = jax.tree.map(jnp.zeros_like, trainable) if layout.manual else zero_grads
-    (grads, total), _ = jax.lax.scan(add, (zero_grads, (objective, weight, sums, state)), dict(batch))
-    return grads, total
 
 
 def rms_by_layer(spec: Spec, tree: Tree) -> list[tuple[str, Array]]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from mosaicjax import processes, storage
+from mosaicjax import processes, saved, storage
 from mosaicjax.checkpoint import Checkpoints
 from mosaicjax.clocks import Clocks
 from mosaicjax.errors import Diverged, InputError
@@ -76,7 +76,7 @@ class Run:
         self.checkpoints = Checkpoints(ready.out, keep=save.keep, keep_every=save.keep_every or None)
         self.phase = ready.data.stream.phase(self.number)
         self.program, self.compiled = self.compile()
-        self.state = first_state(ready)
+        self.state, self.frozen = first_state(ready)
         self.halted = self.not_halted()
 
     def compile(self) -> tuple[str, Any]:
@@ -147,7 +147,7 @@ class Run:
                 flag = CANNOT_READ if feed.failure else STOP if stop.asked else GO
                 signals = self.signals(flag)
                 with temporaries.lent():
-                    self.state, self.halted, metrics = self.compiled(self.state, {}, batch, signals)
+                    self.state, self.halted, metrics = self.compiled(self.state, self.frozen, batch, signals)
                 self.flush()
                 self._pending = (self.number + 1, metrics, batch)
                 self.number += 1
@@ -275,7 +275,7 @@ class Run:
                 )
         began = time.perf_counter()
         try:
-            self.held_out = self._evaluator(self.state.trainable, rows)
+            self.held_out = self._evaluator(self.weights(), rows)
         except InputError:
             if self.number > self.saved:
                 self.save()
@@ -291,6 +291,10 @@ class Run:
                 f" {self.held_out.bits_per_byte:.4f} bits/byte"
             )
         self._mark = time.perf_counter()
+
+    def weights(self) -> Any:
+        """The weights that the model is used with: averaged ones, where the recipe's methods make them."""
+        return saved.used(self.ready.step, self.state, self.frozen)
 
     def logged(self, kind: str) -> Row | None:
         """This step's row by an earlier process; there is one where only the run's end was missing."""
@@ -314,7 +318,9 @@ class Run:
             seconds=seconds,
             recent=tuple(self.losses),
         )
-        self.checkpoints.save(self.number, self.state, asdict(cursor))
+        self.checkpoints.save(
+            self.number, saved.fields(self.ready.step, self.state, self.frozen), asdict(cursor)
+        )
         self.saved = self.number
         self._mark = time.perf_counter()
         self.clocks.add("save", self._mark - began)
@@ -327,9 +333,8 @@ class Run:
         """
         ready = self.ready
         key = jax.random.fold_in(jax.random.key(self.recipe.seed), number - 1)
-        place = first_nonfinite(
-            ready.steps[self.phase], ready.decoders[self.phase], self.state.trainable, {}, batch, key
-        )
+        step, decoder = ready.steps[self.phase], ready.decoders[self.phase]
+        place = first_nonfinite(step, decoder, self.state.trainable, self.frozen, batch, key)
         self.number = number - 1
         if self.number > self.saved:
             self.save()
@@ -359,8 +364,8 @@ class Run:
         self.losses = deque(cursor.recent, maxlen=self.recipe.on_spike.watched)
         self._pending, self.held_out = None, None
         # There may be no room for two.
-        del self.state
-        self.state = first_state(self.ready)
+        del self.state, self.frozen
+        self.state, self.frozen = first_state(self.ready)
         self.halted = self.not_halted()
         self.log = self.new_log()
         self.rolled_back_from = spike

@@ -31,6 +31,8 @@ FLOORS = {
     "recipe": 6,
     "recipe_file": 6,
     "roll_back": 6,
+    "saved": 6,
+    "accumulate": 6,
     "run": 6,
     "run_data": 6,
     "step": 6,

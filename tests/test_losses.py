@@ -37,6 +37,18 @@ def by_hand(logits, targets, weights):
     return total, squares
 
 
+def smoothed_by_hand(logits, targets, weights, share):
+    """Weighted sum of the cross-entropy against a smoothed target, token by token and id by id."""
+    total, vocab = 0.0, logits.shape[-1]
+    for b, t in np.ndindex(targets.shape):
+        row = logits[b, t].astype(np.float64)
+        log_shares = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        for v in range(vocab):
+            target = share / vocab + (1 - share) * (v == targets[b, t])
+            total -= weights[b, t] * target * log_shares[v]
+    return total
+
+
 @settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**20), scale=st.sampled_from([0.1, 3.0, 80.0]), z_loss=st.sampled_from([0.0, 1e-3])
@@ -48,6 +60,21 @@ def test_terms_by_hand(seed, scale, z_loss):
     assert float(terms.nll) == pytest.approx(total, rel=2e-6, abs=1e-5)
     assert float(terms.square_lse) == pytest.approx(squares, rel=2e-6, abs=1e-5)
     assert float(terms.objective) == pytest.approx(total + z_loss * squares, rel=2e-6, abs=1e-5)
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**20),
+    share=st.integers(0, 99).map(lambda n: n / 100),
+    z_loss=st.sampled_from([0.0, 1e-3]),
+)
+def test_smoothing_by_hand(seed, share, z_loss):
+    batch = rows(seed)
+    terms = CrossEntropy(z_loss=z_loss, smoothing=share).tokens(*map(jnp.asarray, batch))
+    total, squares = by_hand(*batch)
+    expected = smoothed_by_hand(*batch, share) + z_loss * squares
+    assert float(terms.objective) == pytest.approx(expected, rel=2e-6, abs=1e-5)
+    assert float(terms.nll) == pytest.approx(total, rel=2e-6, abs=1e-5)
 
 
 def test_gradient_is_softmax_minus_one_hot():
@@ -71,9 +98,9 @@ def test_huge_logits_stay_finite():
     assert float(log_partition[0, 0]) == 1e4
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "smoothing"), [(False, 0.25), (True, 0.0)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_chunked_equals_whole(packed, tied):
+def test_chunked_equals_whole(packed, smoothing, tied):
     decoder = mpt.Config(layers=1, embed=16, heads=2, mlp=16, vocab=40, logit_softcap=4.0).build()
     decoder = replace(decoder, tied=tied, head_bias=not tied)
     weights = forward.random_weights(decoder)
@@ -88,7 +115,8 @@ def test_chunked_equals_whole(packed, tied):
     }
 
     def run(chunk):
-        loss = DecoderLoss(decoder, CrossEntropy(z_loss=1e-3, chunk=chunk), Dtypes(), packed=packed)
+        entropy = CrossEntropy(z_loss=1e-3, chunk=chunk, smoothing=smoothing)
+        loss = DecoderLoss(decoder, entropy, Dtypes(), packed=packed)
 
         def objective(weights):
             total, weight, sums, _ = loss(weights, {}, {}, batch, jax.random.key(0), forward.one_device())
@@ -102,7 +130,10 @@ def test_chunked_equals_whole(packed, tied):
     logits = forward.logits(
         decoder, weights, batch["tokens"], *((where.positions_BL, where.segments_BL) if packed else ())
     )
-    total, squares = by_hand(logits, np.asarray(batch["targets"]), np.asarray(batch["weights"]))
+    hand = (logits, np.asarray(batch["targets"]), np.asarray(batch["weights"]))
+    total, squares = by_hand(*hand)
+    objective = smoothed_by_hand(*hand, smoothing) + 1e-3 * squares
+    assert float(whole["total"]) == pytest.approx(2.5 * objective, rel=1e-5)
     assert float(whole["loss"]) == pytest.approx(total, rel=1e-5)
     assert float(whole["z_loss"]) == pytest.approx(1e-3 * squares, rel=1e-5)
     assert float(whole["weight"]) == float(batch["weights"].sum())
@@ -113,11 +144,18 @@ def test_chunked_equals_whole(packed, tied):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), part_grads, grads)
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(chunk=3), CrossEntropy(chunk=-1), CrossEntropy(z_loss=-1.0)])
-def test_refused(loss):
-    with pytest.raises(
-        InputError, match="loss.chunk; expected 0, or a divisor|loss.z_loss; expected 0 or more"
-    ):
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (CrossEntropy(chunk=3), "loss.chunk; expected 0, or a divisor"),
+        (CrossEntropy(chunk=-1), "loss.chunk; expected 0, or a divisor"),
+        (CrossEntropy(z_loss=-1.0), "loss.z_loss; expected 0 or more"),
+        (CrossEntropy(smoothing=1.0), "loss.smoothing; expected a share of the target, 0 to below 1; got 1"),
+        (CrossEntropy(smoothing=-0.1), "loss.smoothing; expected a share"),
+    ],
+)
+def test_refused(loss, message):
+    with pytest.raises(InputError, match=message):
         loss.check(8)
 
 

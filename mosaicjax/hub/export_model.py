@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ def export_model(
     _check_saved(run, about, tensors, saved)
     with _destination(out) as folder:
         shards = _shards(tensors, kind, shard_bytes)
-        _write_weights(saved, shards, kind, folder)
+        _write_weights(saved, about.arrays, shards, kind, folder)
         _write_tokens(origin, folder, say)
         storage.write_text(storage.join(folder, _CARD), card(origin, kind))
         # Last: what has no configuration does not look like a model.
@@ -183,7 +183,9 @@ def _shards(tensors: Sequence[Foreign], dtype: DtypeName, shard_bytes: int) -> l
     return shards
 
 
-def _write_weights(saved: Saved, shards: Sequence[Sequence[Foreign]], dtype: DtypeName, folder: str) -> None:
+def _write_weights(
+    saved: Saved, arrays: Collection[str], shards: Sequence[Sequence[Foreign]], dtype: DtypeName, folder: str
+) -> None:
     name, places, total = WEIGHTS[0], {}, 0
     stem, suffix = name.split(".")
     # One for all tensors: new pages for each would cost more than its copy.
@@ -195,7 +197,7 @@ def _write_weights(saved: Saved, shards: Sequence[Sequence[Foreign]], dtype: Dty
             opened.write(header_bytes([(foreign.name, dtype, foreign.shape) for foreign in shard]))
             for foreign in shard:
                 array = memory[: math.prod(foreign.shape)].reshape(foreign.shape)
-                _fill(saved, foreign, array)
+                _fill(saved, arrays, foreign, array)
                 write_tensor(opened, array)
                 places[foreign.name] = file
                 total += array.nbytes
@@ -204,7 +206,7 @@ def _write_weights(saved: Saved, shards: Sequence[Sequence[Foreign]], dtype: Dty
         storage.write_text(storage.join(folder, name + INDEX_SUFFIX), _json(index))
 
 
-def _fill(saved: Saved, foreign: Foreign, array: np.ndarray) -> None:
+def _fill(saved: Saved, arrays: Collection[str], foreign: Foreign, array: np.ndarray) -> None:
     """Put a foreign tensor together from blocks of saved arrays; one is read while another is copied."""
     blocks: list[tuple[np.ndarray, str, tuple[Any, ...]]] = []
     for piece in foreign.pieces:
@@ -213,7 +215,7 @@ def _fill(saved: Saved, foreign: Foreign, array: np.ndarray) -> None:
         rows = max(1, _BLOCK_BYTES // row_bytes)
         for first in range(0, view.shape[0], rows):
             place = slice(first, min(first + rows, view.shape[0]))
-            blocks.append((view[place], array_name(piece.leaf), (*piece.index, place)))
+            blocks.append((view[place], array_name(piece.leaf, arrays), (*piece.index, place)))
     reads = (saved.read(name, place) for _, name, place in blocks)
     ahead = deque(itertools.islice(reads, 2))
     for target, name, _ in blocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,12 +25,16 @@ from mosaicjax.models.names import Piece
 from mosaicjax.spec import DtypeName
 
 FIELD = "trainable"
-"""The field of a train state that holds the weights."""
+"""The field of a checkpoint that holds the weights, frozen ones too."""
+
+USED = "evaluated"
+"""The field that holds, of some or all weights, what a model is used with instead: averages, for one."""
 
 
-def array_name(leaf: str) -> str:
-    """What a checkpoint calls a weight."""
-    return ".".join([FIELD, *leaf.split("/")])
+def array_name(leaf: str, arrays: Collection[str] = ()) -> str:
+    """What a checkpoint calls a weight; where it has these `arrays`, the one that the model is used with."""
+    used = ".".join([USED, *leaf.split("/")])
+    return used if used in arrays else ".".join([FIELD, *leaf.split("/")])
 
 
 def stream(model: ForeignModel, dtype: DtypeName) -> Stream:

@@ -20,7 +20,7 @@ from mosaicjax.hub.model_dir import (
     read_imported,
     saved_model,
 )
-from mosaicjax.hub.read import FIELD, array_name, load
+from mosaicjax.hub.read import FIELD, USED, array_name, load
 from mosaicjax.models.family import Family
 from mosaicjax.spec import Dtypes, Spec
 
@@ -114,6 +114,8 @@ def tokenizer(path: storage.PathLike) -> Tokenizer:
 def weights(path: storage.PathLike, step: int, abstract: Any) -> Any:
     """The weights of a run, an imported model or a foreign one, cast to the dtypes asked for.
 
+    A run's are those that it is evaluated with: averages, where its methods make them.
+
     `step` NEWEST is the newest checkpoint's; a foreign model has none. All processes of a job call it.
 
     Raises:
@@ -124,7 +126,7 @@ def weights(path: storage.PathLike, step: int, abstract: Any) -> Any:
         if model is None and step == NEWEST:
             step = newest_step(path)
     if model is None:
-        return restore_params(path, step, abstract, field=FIELD, cast=True)
+        return restore_params(path, step, abstract, field=FIELD, before=USED, cast=True)
     with processes.refused_by_all(f"reading {path}"):
         loaded = load(model, abstract)
     return loaded

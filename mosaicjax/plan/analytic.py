@@ -102,7 +102,8 @@ def estimate(recipe: Recipe, topology: Topology, price: Price | None) -> Estimat
         flops=whole,
         model=model.causal * tokens,
         model_full=model.full * tokens,
-        state_bytes=2 * shard_bytes(state.trainable) + shard_bytes(state.optimizer),
+        state_bytes=2 * shard_bytes(state.trainable)
+        + shard_bytes((state.optimizer, state.average, step.abstract_frozen())),
         kept_bytes=kept_bytes(decoder, step, recipe.loss.chunk),
         wire_bytes=sent,
         matrix=(whole - tokens * sum(each.done for each in passes)) / speeds.flops,
@@ -118,11 +119,12 @@ def wire_bytes(step: Step) -> float:
     if shards == 1:
         return 0.0
     size = jax.numpy.dtype(program.dtypes.compute).itemsize
-    entries = program.trainable.count()
+    entries, frozen = program.trainable.count(), program.frozen.count()
     # Whole and in the compute dtype by the compiler, scattered and in the reduce dtype by explicit sums.
     wide = size if layout.sums == "compute" else jax.numpy.dtype(program.dtypes.reduce).itemsize
     summed = wide if layout.explicit else 2 * size
-    return program.phase.microbatches * entries * (2 * size + summed) * (shards - 1) / shards
+    each = entries * (2 * size + summed) + frozen * 2 * size
+    return program.phase.microbatches * each * (shards - 1) / shards
 
 
 def kept_bytes(decoder: Decoder, step: Step, chunk: int) -> float:
@@ -148,7 +150,7 @@ def kept_bytes(decoder: Decoder, step: Step, chunk: int) -> float:
         stream = dims["embed"] / split * (5 * 4 / size if decoder.remat is Remat.NONE else 1)
         kept += layers.count * rows * size * (stream + wide / tensor)
     logits = rows * (chunk or phase.seq) / phase.seq * dims["vocab"] / tensor * 2 * 4
-    layer = step.program.trainable.count() / max(decoder.layers, 1) * size * 2
+    layer = decoder.spec().count() / max(decoder.layers, 1) * size * 2
     return kept + logits + layer
 
 

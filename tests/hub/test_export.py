@@ -219,7 +219,7 @@ def test_training_starts_from_an_imported_model(run, exported, tiny_store, tmp_p
         said = []
         ready = prepare(loaded, str(tmp_path / "out"), said.append)
         assert said == []
-        state = first_state(ready)
+        state, _ = first_state(ready)
         expected = saved(run, 6) if path != imported else source
         for (name, _), leaf in zip(
             ready.decoder.spec().items(), jax.tree.leaves(state.trainable), strict=True
