@@ -88,8 +88,9 @@ class Recipe:
     `on_spike` says what happens when the loss jumps (`mosaicjax.spikes`). `phases` change the data and the
     shape of batches on the way; each is compiled once, and held-out loss is always that of the last.
     `init_from` is a run, an imported model or a Hugging Face directory whose weights start this one ("":
-    drawn from the seed). `attention` says who computes it: by default our TPU kernel on TPUs and plain XLA
-    elsewhere. `price` overrides the list price of the chip.
+    drawn from the seed); of a run with a method that averages weights it takes the averages.
+    `attention` says who computes it: by default our TPU kernel on TPUs and plain XLA elsewhere. `price`
+    overrides the list price of the chip.
     """
 
     model: Family
