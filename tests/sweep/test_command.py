@@ -185,21 +185,22 @@ def test_a_sweep_trains_as_train_does(tiny_recipe, tmp_path, capfd, monkeypatch)
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on(tiny_recipe, tmp_path):
     out = tmp_path / "sweep"
-    options = ("--seq", 128, "--batch", 16, "--save.every", 7, "--steps", 30)
+    options = ("--seq", 128, "--batch", 16, "--save.every", 7, "--steps", 40)
     command = ("sweep", tiny_recipe, "--out", out, "--over", "seed=1,2", *options)
     first, second = out / "seed=1", out / "seed=2"
     tiny.signal_after([tiny.launch(*command, devices=8)], second, 8, tiny.KILL, [0])
+    # The run that it had begun goes on without it, and may not be begun twice; here it is made to wait.
+    process = int((out / ".sweep.lock").read_text())
+    os.kill(process, signal.SIGSTOP)
     finished = (first / "output.txt").read_bytes()
     assert (first / "summary.json").exists() and not (second / "summary.json").exists()
-    # The run that it had begun goes on without it, and may not be begun twice.
-    process = int((out / ".sweep.lock").read_text())
     (refused,) = tiny.ended([tiny.launch(*command, devices=8)])
     assert refused.returncode == REFUSED
     assert f"is under way (process {process}); fix: wait for it, or end it" in refused.stderr
     os.kill(process, tiny.KILL)
     with open(out / ".sweep.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-    assert 8 <= tiny.last_step(second / "metrics.jsonl") < 30
+    assert 8 <= tiny.last_step(second / "metrics.jsonl") < 40
     (ended,) = tiny.ended([tiny.launch(*command, devices=8)])
     assert ended.returncode == 0, ended.stderr
     assert (first / "output.txt").read_bytes() == finished
