@@ -185,7 +185,7 @@ def test_a_sweep_trains_as_train_does(tiny_recipe, tmp_path, capfd, monkeypatch)
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on(tiny_recipe, tmp_path):
     out = tmp_path / "sweep"
-    options = ("--seq", 128, "--batch", 16, "--save.every", 7, "--steps", 40)
+    options = ("--seq", 128, "--batch", 16, "--save.every", 3, "--steps", 40)
     command = ("sweep", tiny_recipe, "--out", out, "--over", "seed=1,2", *options)
     first, second = out / "seed=1", out / "seed=2"
     tiny.signal_after([tiny.launch(*command, devices=8)], second, 8, tiny.KILL, [0])
