@@ -74,7 +74,8 @@ def main() -> None:
                 rows += Width(options, store, width, widths[0], side).sweep(rates)
     # The base is plain training: one run stands for both sides.
     rows += [{**row, "side": "without"} for row in rows if row["width"] == widths[0]]
-    settings = {name: str(value) for name, value in vars(options).items()}
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    settings["text"] = f"{options.text.parent.name}/{options.text.name}"
     result = {
         "machine": machine(("jax", "jaxlib", "optax", "numpy")),
         "settings": settings,
