@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from mosaicjax.cli_data import add_data
@@ -56,6 +57,7 @@ def parser() -> Parser:
     _add_train(commands)
     _add_show(commands)
     _add_plan(commands)
+    _add_sweep(commands)
     _add_generate(commands)
     _add_evaluate(commands)
     _add_import(commands)
@@ -117,6 +119,24 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         "--picture", default="", metavar="FILE", help="of the step's time, or the cheapest's"
     )
     command.add_argument("--no-cache", action="store_true", help="compile what was compiled before, too")
+
+
+def _add_sweep(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "train a recipe with every combination of some values, and compare"
+    command = _command(commands, "sweep", _sweep, text)
+    command.set_defaults(overrides=True)
+    command.epilog = (
+        "Any field of the recipe is an option too, as in `mosaicjax train`: the same in all runs."
+    )
+    command.add_argument("recipe", help="a recipe's .py file, or a run directory")
+    command.add_argument(
+        "--over",
+        action="append",
+        required=True,
+        metavar="FIELD=A,B,...",
+        help="as optimizer.lr.peak=1e-3,2e-3; may be repeated; seeds are averaged over",
+    )
+    command.add_argument("--out", required=True, help="the directory to make, on this machine")
 
 
 def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -232,6 +252,17 @@ def _plan(options: argparse.Namespace) -> int:
         fit=options.fit,
     )
     return plan(options.recipe, options.rest, wanted, print)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    environment = dict(os.environ)
+    # The runs' processes are to have the devices: this one must take none.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from mosaicjax.sweep.command import sweep
+
+    return sweep(
+        options.recipe, options.over, options.rest, options.out, environment, partial(print, flush=True)
+    )
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -50,6 +50,7 @@ FLOORS = {
     "show": 7,
     "plan": 7,
     "serve": 7,
+    "sweep": 8,
     "cli": 9,
     "cli_data": 8,
 }
