@@ -63,6 +63,7 @@ LAZY = {
     "pyarrow",
     "pyspark",
     "pytest",
+    "qwix",
     "sentencepiece",
     "tensorboardX",
 }
