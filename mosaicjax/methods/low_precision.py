@@ -51,7 +51,7 @@ class LowPrecision(Method):
     with explicit gathers on the devices.
 
     Products take less time on chips with a higher peak for 8-bit numbers; rounding moves more over HBM. Which
-    is more, `mosaicjax plan` says: of a 1.1B on v5e neither, for the MLP's products alone
+    is more, `mosaicjax plan` says: of a 1.1B on v5e the rounding, or with the MLP's products alone neither
     (`benchmarks/low_precision.json`).
 
     Source: Jacob et al. 2018, arXiv 1712.05877 (straight through); Wortsman et al. 2023, arXiv 2304.13013
