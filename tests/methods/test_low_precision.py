@@ -101,7 +101,7 @@ def test_a_product_and_its_gradients_by_hand(rows, inner, outer, dtype, backward
     ("dtype", "backward"),
     [
         ("int8", "all"),
-        ("fp8", "all"),
+        pytest.param("fp8", "all", marks=pytest.mark.slow),
         pytest.param("int8", "compute", marks=pytest.mark.slow),
         pytest.param("fp8", "compute", marks=pytest.mark.slow),
     ],

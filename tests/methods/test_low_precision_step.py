@@ -73,7 +73,7 @@ QUERY, KEY, OUT, UP, DOWN, LOGITS = (24, 32), (24, 16), (32, 24), (24, 40), (40,
     ("only", "backward", "shapes"),
     [
         (("stacks/*",), "all", [QUERY, KEY, KEY, OUT, UP, UP, DOWN]),
-        (("stacks/*/mlp/*",), "inputs", [UP, UP, DOWN]),
+        pytest.param(("stacks/*/mlp/*",), "inputs", [UP, UP, DOWN], marks=pytest.mark.slow),
         (("*/attention/out", "head"), "compute", [OUT, LOGITS]),
     ],
 )
@@ -86,12 +86,15 @@ def test_patterns_choose_products(only, backward, shapes):
     assert int8_products(LowPrecision(backward=backward, only=only)) == expected
 
 
-def test_the_hook_itself_changes_no_program():
+@pytest.mark.parametrize(
+    ("mesh", "devices"), [(Mesh(fsdp=(1,)), 1), pytest.param(MESHES["explicit"], 8, marks=pytest.mark.slow)]
+)
+def test_the_hook_itself_changes_no_program(mesh, devices):
     """Weights marked with the product that they have anyway: the same StableHLO."""
     program = made(model=WIDE)
     decoder = program.loss.decoder
     marked = Quantised(decoder, PLAIN, frozenset(chosen(decoder, ("stacks/*",))))
-    layout = stepping.place(MESHES["explicit"], 8)
+    layout = stepping.place(mesh, devices)
     one, other = (
         digest(Step(each, layout, seed=0).lower())
         for each in (program, replace(program, loss=replace(program.loss, decoder=marked)))
