@@ -317,9 +317,9 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def gather_tree(weights: Any, params: Any, layout: Layout, dtypes: Dtypes) -> Any:
-    """`gather` over a tree of weights and the tree of their declarations."""
+    """`gather` over a tree of weights, which may be wrapped each, and the tree of their declarations."""
     return jax.tree.map(
-        lambda param, weight: gather(weight, param, layout, dtypes),
+        lambda param, weight: jax.tree.map(lambda leaf: gather(leaf, param, layout, dtypes), weight),
         params,
         weights,
         is_leaf=lambda leaf: isinstance(leaf, Param),

@@ -67,6 +67,7 @@ LAZY = {
     "pyarrow",
     "pyspark",
     "pytest",
+    "qwix",
     "sentencepiece",
     "tensorboardX",
 }

@@ -18,7 +18,7 @@ from mosaicjax.kernels.grouped import PRODUCT
 from mosaicjax.layers.block import Block
 from mosaicjax.layers.context import KV, Context, RowOnly, dropout
 from mosaicjax.layers.inits import InitRule, Kaiming
-from mosaicjax.layers.linear import scores_of
+from mosaicjax.layers.linear import Multiplied, scores_of
 from mosaicjax.layers.mlp import Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm, spread
 from mosaicjax.layers.position import Position
@@ -123,7 +123,7 @@ class Head(NamedTuple):
     Shapes: `matrix_VD` [V, D]; `bias_V` [V] or None.
     """
 
-    matrix_VD: Array
+    matrix_VD: Array | Multiplied
     bias_V: Array | None
 
 

@@ -29,7 +29,8 @@ class Work:
 
     `model` with causal attention, `model_full` with all scores; `recomputed` is what remat and attention's
     backward kernel do again, `masked` the masked entries in blocks that attention's kernels multiply whole:
-    these three by structure. `compiled` is what the program does, `kernels` among it.
+    these three by structure. `compiled` is what the program does; `kernels` and `narrow`, the products of
+    8-bit numbers, are among it.
     """
 
     model: float
@@ -38,6 +39,7 @@ class Work:
     masked: float
     compiled: float
     kernels: float
+    narrow: float = 0.0
 
     @property
     def expected(self) -> float:
@@ -184,6 +186,7 @@ def work(decoder: Decoder, recipe: Recipe, topology: Topology, ops: Sequence[Op]
         masked=masked_per_token(decoder, recipe, topology) * tokens,
         compiled=total(ops, "flops"),
         kernels=sum(op.flops * op.times for op in ops if op.kernel),
+        narrow=sum(flops * op.times for op in ops for flops in op.narrow.values()),
     )
 
 

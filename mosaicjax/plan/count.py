@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ FREE_CALLS = {
     ),
     *(STARTS, "AsyncCollectiveDone"),
 }
+NARROW = {"int8": ("s8", "u8"), "float8": ("f8e4m3fn", "f8e5m2")}
+"""Peaks of 8-bit numbers by name, and the dtypes whose products they are for."""
 SAME = ("bitcast", "reshape", "convert", "copy", "transpose")
 """Within a fusion: what hands a buffer on, whole and in place."""
 
@@ -68,7 +71,8 @@ class Collective:
 class Op:
     """One operation of the program and what each of its runs takes; `times` is how often it runs.
 
-    `flops` are those of matrix products (of a kernel: all that it says of itself). `cycles` is the
+    `flops` are those of matrix products (of a kernel: all that it says of itself), `narrow` those of them
+    whose operands are both of 8 bits, by the keys of `NARROW`. `cycles` is the
     compiler's estimate, None where there is none, and `modelled` whether a cost model of its own is behind
     it. `copy`: the transfer goes on beside other work. `body` is the computation it stands in.
 
@@ -88,6 +92,7 @@ class Op:
     copy: bool
     estimated: bool
     collectives: tuple[Collective, ...]
+    narrow: Mapping[str, float] = field(default_factory=dict)
 
 
 def operations(module: Module) -> list[Op]:
@@ -118,7 +123,8 @@ def _operation(
 ) -> Op:
     kernel = each.opcode == "custom-call" and each.target == KERNEL
     estimate = each.estimate if kernel else None
-    flops = float((estimate or {}).get("flops", 0)) if kernel else matrix_flops(module, body, each)
+    products = {} if kernel else matrix_flops(module, body, each)
+    flops = float((estimate or {}).get("flops", 0) if kernel else sum(products.values()))
     return Op(
         name=each.name,
         opcode=each.opcode,
@@ -133,21 +139,34 @@ def _operation(
         copy=each.opcode in ("copy-start", "slice-start"),
         estimated=not kernel or estimate is not None,
         collectives=collectives,
+        narrow={kind: flops for kind, flops in products.items() if kind and flops},
     )
 
 
-def matrix_flops(module: Module, body: Computation, each: Instruction) -> float:
-    """FLOPs of the matrix products in an instruction, those within a fusion among them."""
+def matrix_flops(module: Module, body: Computation, each: Instruction) -> Mapping[str, float]:
+    """FLOPs of the matrix products in an instruction, those within a fusion among them.
+
+    By the keys of `NARROW`, and under "" of operands that are wider.
+    """
+    found: dict[str, float] = defaultdict(float)
     if each.opcode == "dot":
         left = next(leaves(body.instructions[each.operands[0]].shape))
         contracted = math.prod(left.dims[dim] for dim in each.numbers("lhs_contracting_dims"))
-        return 2.0 * next(leaves(each.shape)).entries * contracted
-    if each.opcode == "convolution":
-        return _convolution_flops(body, each)
-    if each.opcode in ("fusion", "async-start"):
+        found[_narrow(body, each)] += 2.0 * next(leaves(each.shape)).entries * contracted
+    elif each.opcode == "convolution":
+        found[_narrow(body, each)] += _convolution_flops(body, each)
+    elif each.opcode in ("fusion", "async-start"):
         inner = module.computations[each.called[0]]
-        return sum(matrix_flops(module, inner, one) for one in inner.instructions.values())
-    return 0.0
+        for one in inner.instructions.values():
+            for kind, flops in matrix_flops(module, inner, one).items():
+                found[kind] += flops
+    return found
+
+
+def _narrow(body: Computation, product: Instruction) -> str:
+    """The key of `NARROW` that both operands of a product are of, or ""."""
+    dtypes = {next(leaves(one.shape)).dtype for one in body.operands(product)[:2]}
+    return next((kind for kind, of_kind in NARROW.items() if dtypes <= set(of_kind)), "")
 
 
 def _convolution_flops(body: Computation, each: Instruction) -> float:

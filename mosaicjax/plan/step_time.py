@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mosaicjax.hardware import CORES
-from mosaicjax.plan.count import Collective, Op
+from mosaicjax.plan.count import NARROW, Collective, Op
 from mosaicjax.plan.topology import Topology
 
 _NOISE = re.compile(
@@ -37,7 +37,10 @@ RING = 4
 
 @dataclass(frozen=True)
 class Speeds:
-    """What one device does in a second. Units: cycles, FLOPs, bytes; `link` of one link in one direction."""
+    """What one device does in a second; `narrow` are FLOPs of 8-bit products where they have a peak.
+
+    Units: cycles, FLOPs, bytes; `link` of one link in one direction.
+    """
 
     cycles: float
     flops: float
@@ -45,6 +48,7 @@ class Speeds:
     link: float
     dcn: float | None
     ring: int
+    narrow: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(topology: Topology, dtype: str) -> Speeds:
@@ -59,7 +63,14 @@ class Speeds:
             link=link,
             dcn=None if chip.dcn_bandwidth is None else chip.dcn_bandwidth.value,
             ring=16 if len(topology.grid) == 2 else RING,
+            narrow={kind: each for kind in NARROW if (each := chip.peak(kind))},
         )
+
+    def products(self, op: Op) -> float:
+        """What an operation's products take at the peaks of their dtypes. Units: seconds."""
+        wide = op.flops - sum(op.narrow.values())
+        narrow = sum(flops / self.narrow.get(kind, self.flops) for kind, flops in op.narrow.items())
+        return wide / self.flops + narrow
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,7 @@ def _alone(op: Op, speeds: Speeds, rate: KernelRate) -> tuple[str, float]:
     if op.kernel:
         return "kernels", max(op.flops / (rate(op) or speeds.flops), moving)
     if op.flops:
-        return "matrix", max((op.cycles or 0) / speeds.cycles, op.flops / speeds.flops, moving)
+        return "matrix", max((op.cycles or 0) / speeds.cycles, speeds.products(op), moving)
     guessed = moving > 0 and not op.modelled
     return "vector", moving if guessed else max((op.cycles or 0) / speeds.cycles, moving)
 

@@ -198,6 +198,40 @@ def test_products_in_loops_that_xla_compiled(batch, rows, inner, columns, turns)
         assert counted <= 2 * 2 * batch * rows * inner * columns * turns
 
 
+@pytest.mark.parametrize(
+    "written", ["convolution(%a, %b), dim_labels=bf_io->bf", "dot(%a, %b), lhs_contracting_dims={1}"]
+)
+@pytest.mark.parametrize(
+    ("left", "right", "kind"),
+    [
+        ("s8", "s8", "int8"),
+        ("u8", "s8", "int8"),
+        ("f8e4m3fn", "f8e5m2", "float8"),
+        ("s8", "bf16", ""),
+        ("s8", "f8e5m2", ""),
+        ("bf16", "bf16", ""),
+    ],
+)
+def test_products_are_of_8_bits_where_both_operands_are(left, right, kind, written):
+    """Within a fusion; compilers for TPUs write a product as a convolution."""
+    module = hlo.read(f"""
+fused (a: {left}[16,32], b: {right}[32,64]) -> f32[16,64] {{
+  %a = {left}[16,32]{{1,0}} parameter(0)
+  %b = {right}[32,64]{{1,0}} parameter(1)
+  ROOT %product = f32[16,64]{{1,0}} {written}
+}}
+
+ENTRY main (x: {left}[16,32], y: {right}[32,64]) -> f32[16,64] {{
+  %x = {left}[16,32]{{1,0}} parameter(0)
+  %y = {right}[32,64]{{1,0}} parameter(1)
+  ROOT %out = f32[16,64]{{1,0}} fusion(%x, %y), kind=kOutput, calls=%fused
+}}
+""")
+    (product,) = (op for op in count.operations(module) if op.flops)
+    flops = 2 * 16 * 32 * 64
+    assert (product.flops, product.narrow) == (flops, {kind: flops} if kind else {})
+
+
 def test_bytes_of_an_addition_that_xla_compiled():
     x = jax.ShapeDtypeStruct((100, 30), jnp.float32)
     text = jax.jit(lambda a, b: a * 2 + b).lower(x, x).compile().as_text()

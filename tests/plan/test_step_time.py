@@ -1,5 +1,7 @@
 """How operations add up to a step, by hand; and what links carry, on small toruses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -157,3 +159,18 @@ def test_places_are_slices_and_coordinates():
 )
 def test_parts_of_the_model(place, part):
     assert model_part(op(place=place)) == part
+
+
+def test_products_of_8_bits_go_at_their_own_peak():
+    speeds = replace(SPEEDS, narrow={"int8": 2e12})
+    ops = (
+        # 6 of 8 GFLOP at 2 a ms, the rest at 1 a ms; float8 has no peak of its own here.
+        op(flops=8e9, narrow={"int8": 6e9}),
+        op(flops=4e9, narrow={"float8": 4e9}),
+        op(flops=4e9, narrow={"int8": 4e9}, cycles=3_000_000),
+    )
+    found = step_time(ops, speeds, GRID, lambda op: None, pessimistic=False)
+    assert [each.seconds for each in found.timed] == pytest.approx([5e-3, 4e-3, 3e-3])
+    v5e, v6e = (Speeds.of(Topology.read(name), "bfloat16") for name in ("v5e:16x16", "v6e:16x16"))
+    assert v5e.narrow == {"int8": 393e12}
+    assert v6e.narrow == {"int8": 1836e12, "float8": 918e12}
