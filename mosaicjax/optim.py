@@ -172,6 +172,11 @@ class Optimizer:
         """Whether an update costs more to compute anew than to hold beside the weights."""
         return False
 
+    @property
+    def evaluated(self) -> Callable[[Any, Any], Any] | None:
+        """What makes the weights that the model is used with, out of those that are trained and the state."""
+        return None
+
     def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
         """The transformation for these weights and a run of so many steps."""
         raise TypeError(f"{type(self).__name__} does not say how to build itself")
@@ -203,7 +208,7 @@ class AdamW(Optimizer):
 
     def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
         """See `Optimizer.build`."""
-        _check_betas(self.b1, self.b2)
+        check_betas(self.b1, self.b2)
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=jnp.dtype(self.momentum_dtype))
         return _with_decay(self, adam, spec, steps)
 
@@ -224,7 +229,7 @@ class Lion(Optimizer):
 
     def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
         """See `Optimizer.build`."""
-        _check_betas(self.b1, self.b2)
+        check_betas(self.b1, self.b2)
         lion = optax.scale_by_lion(self.b1, self.b2, mu_dtype=jnp.dtype(self.momentum_dtype))
         return _with_decay(self, lion, spec, steps)
 
@@ -248,7 +253,7 @@ class Adopt(Optimizer):
 
     def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
         """See `Optimizer.build`."""
-        _check_betas(self.b1, self.b2)
+        check_betas(self.b1, self.b2)
         dtype = jnp.dtype(self.momentum_dtype)
         adopt = optax.contrib.scale_by_adopt(self.b1, self.b2, self.eps, mu_dtype=dtype)
         return _with_decay(self, adopt, spec, steps)
@@ -275,7 +280,7 @@ class Ademamix(Optimizer):
 
     def build(self, spec: Spec, steps: int) -> optax.GradientTransformation:
         """See `Optimizer.build`."""
-        _check_betas(self.b1, self.b2)
+        check_betas(self.b1, self.b2)
         if not self.b1 < self.b3 < 1 or self.alpha < 0:
             raise InputError(
                 "Ademamix.b3 and alpha", expected="b1 < b3 < 1, alpha 0 or more", got=(self.b3, self.alpha)
@@ -344,6 +349,7 @@ def _check_fits(what: str, steps: int, rest: int) -> None:
         raise InputError(what, expected=f"0 to {max(rest, 0)} steps (those after the warm-up)", got=steps)
 
 
-def _check_betas(b1: float, b2: float) -> None:
+def check_betas(b1: float, b2: float) -> None:
+    """Raises: InputError: decays of moments that are no shares below 1."""
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise InputError("optimizer b1 and b2", expected="0 to below 1", got=(b1, b2))

@@ -237,6 +237,7 @@ class Recipe:
             phase=self.phase(),
             dtypes=self.dtypes,
             heavy=self.optimizer.heavy,
+            evaluated=self.optimizer.evaluated,
             steps=self.steps,
         )
         for method in self.methods:

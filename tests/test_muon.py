@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from mosaicjax.errors import InputError
 from mosaicjax.mesh import Mesh
+from mosaicjax.methods.freeze import FreezeLayers
 from mosaicjax.models import gpt2, llama, mixtral, mpt
 from mosaicjax.muon import Muon, as_matrices, newton_schulz
 from mosaicjax.optim import AdamW, Constant, Cosine, Lion
 from mosaicjax.program import Phase
-from mosaicjax.spec import ONES, Layers, Param, Spec
+from mosaicjax.spec import ONES, Layers, Param, Spec, join
 from mosaicjax.step import Step
 from tests import stepping
 
@@ -151,6 +152,39 @@ def test_what_cannot_be_is_refused():
     bare = Spec({"embed": {"tokens": Param(("vocab", "embed"), ONES)}}, SPEC.dims)
     with pytest.raises(InputError, match="Muon needs matrices in layers"):
         Muon().build(bare, 3)
+
+
+@pytest.mark.slow
+def test_beside_frozen_layers_it_moves_the_others_as_without():
+    """A first step: gradients are the same, and each matrix's update is its own."""
+    config = mpt.Config(layers=3, embed=32, heads=4, mlp=64, vocab=64)
+    phase = Phase(seq=16, batch=8, microbatch=8)
+    optimizer = Muon(lr=Constant(peak=2e-2), weight_decay=1e-3, others=AdamW(lr=Constant(peak=1e-3)))
+    plain = replace(stepping.program(config.build(), phase, optimizer=optimizer), heavy=True)
+    frozen = FreezeLayers(("embed/*", "layer/0/*"))(plain)
+    found = []
+    for program in (plain, frozen):
+        step = Step(program, stepping.place(Mesh(), 1), seed=3)
+        state, held = step.init(), step.init_frozen()
+        before = jax.device_get(join(state.trainable, held))
+        batch = stepping.put(step, stepping.rows(phase, 64))
+        state, _, _ = step.lower().compile()(state, held, batch, stepping.signals(step))
+        found.append((before, jax.device_get(join(state.trainable, held))))
+    (before, moved), (_, kept) = found
+    for (path, first), after, other in zip(
+        jax.tree_util.tree_flatten_with_path(before)[0],
+        jax.tree.leaves(moved),
+        jax.tree.leaves(kept),
+        strict=True,
+    ):
+        if path[0].key == "embed":
+            np.testing.assert_array_equal(other, first)
+        elif path[0].key == "stacks":
+            np.testing.assert_array_equal(other[0], first[0], err_msg=str(path))
+            np.testing.assert_allclose(other[1:], after[1:], rtol=1e-4, atol=1e-6, err_msg=str(path))
+            assert np.abs(after[0] - first[0]).max() > 1e-4
+        else:
+            np.testing.assert_allclose(other, after, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

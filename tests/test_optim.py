@@ -23,6 +23,7 @@ from mosaicjax.optim import (
     Schedule,
     Wsd,
 )
+from mosaicjax.schedule_free import ScheduleFree
 from mosaicjax.spec import ONES, Param, Spec
 
 SPEC = Spec(
@@ -195,6 +196,31 @@ def test_adopt_is_the_papers_second_form():
             square = 0.95 * square + 0.05 * grad**2
         weight = weight * (1 - 0.02 * lr / 0.1) - lr * momentum
         np.testing.assert_allclose(path[t + 1]["matrix"], weight, rtol=2e-5, atol=2e-6)
+
+
+def test_schedule_free_is_the_papers():
+    """z steps by Adam without momentum, x averages z by squared rates, gradients are taken between."""
+    rate = optim.Constant(peak=0.1, warmup=4)
+    optimizer = ScheduleFree(lr=rate, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.02)
+    path, all_grads, state = trajectory(optimizer)
+    lr = [float(rate.build(STEPS)(t)) for t in range(STEPS)]
+    y = wide(path[0]["matrix"])
+    z, x, square = y, y, 0.0
+    for t in range(STEPS):
+        grad = wide(all_grads[t]["matrix"])
+        square = 0.95 * square + 0.05 * grad**2
+        direction = grad / (np.sqrt(square / (1 - 0.95 ** (t + 1))) + 1e-3)
+        z = z - lr[t] * (direction + 0.2 * y)
+        share = lr[t] ** 2 / sum(each**2 for each in lr[: t + 1])
+        x = (1 - share) * x + share * z
+        y = 0.2 * z + 0.8 * x
+        np.testing.assert_allclose(path[t + 1]["matrix"], y, rtol=1e-4, atol=1e-5)
+    # Whatever a method puts around it.
+    np.testing.assert_allclose(
+        optimizer.evaluated(path[-1], (None, (state,)))["matrix"], x, rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(InputError, match="ScheduleFree.b1; expected above 0; got 0.0"):
+        ScheduleFree(b1=0.0).build(SPEC, STEPS)
 
 
 def test_ademamix_is_the_papers():
