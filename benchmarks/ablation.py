@@ -1,0 +1,210 @@
+"""What each part is worth: it is left out of the best recipe, or put into the standard one, and nothing else.
+
+    python benchmarks/ablation.py code-1M
+
+Every edit is a recipe of its own, trained with each seed beside its base, at the base's settings. How many
+tokens an edit costs or saves is read from the base's own curve, the same recipe at several lengths, each
+with its schedule run to its end: the edit's loss is that of the base at some multiple m of its tokens, so to
+the base's loss it would take 1 / m of them. FLOPs and seconds are that, times those of a token. An edit whose
+loss lies within the spread of the base's seeds is named so. Losses are bits a byte of validation documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import speedrun  # noqa: E402 after the path, for a call as a script
+from benchmarks.machine import machine, spread  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "ablation.json"
+LENGTHS = (0.6, 0.8, 1.0, 1.25, 1.6)
+BEST_WITHOUT = {
+    "Muon (AdamW at its rate instead)": "optimizer=replace(recipe.optimizer.others, lr=recipe.optimizer.lr)",
+    "QK norm": "model=replace(recipe.model, qk_norm=None)",
+    "ReLU squared (GELU instead)": "model=replace(recipe.model, ffn=Mlp())",
+    "zero output projections": "model=replace(recipe.model, init=Kaiming())",
+    "untied head": "model=replace(recipe.model, tied=True)",
+    "value embeddings": "model=replace(recipe.model, value_tables=0)",
+    "bigram embeddings": "model=replace(recipe.model, inputs=())",
+    "rotary (ALiBi instead)": "model=replace(recipe.model, position=Alibi())",
+    "RMS norm (layer norm instead)": "model=replace(recipe.model, norm=LayerNorm(bias=False))",
+    "line to zero (cosine to a tenth)": "optimizer=with_cosine(recipe.optimizer)",
+    "short rows first": "seq=256, batch=2, phases=()",
+}
+BEST_WITH = {
+    "smear": "model=replace(recipe.model, inputs=(*recipe.model.inputs, Smear()))",
+    "stream scalars": "model=replace(recipe.model, block=Block(scales=StreamScales()))",
+    "attention sinks": "model=replace(recipe.model, attention=Attention(sinks=True))",
+    "logit softcap 15": "model=replace(recipe.model, logit_softcap=15.0)",
+    "gated MLP": "model=replace(recipe.model, ffn=Glu(Activation.SILU), mlp=2 * recipe.model.mlp // 3)",
+    "half-rotary": "model=replace(recipe.model, position=Rotary(fraction=0.5))",
+    "gradient clipping": "methods=(ClipGradients(norm=1.0),)",
+    "label smoothing 0.1": "loss=CrossEntropy(smoothing=0.1)",
+    "z-loss": "loss=CrossEntropy(z_loss=1e-4)",
+    "EMA": "methods=(Ema(decay=0.95, start=recipe.steps // 2),)",
+    "SWA": "methods=(Swa(start=recipe.steps * 3 // 4),)",
+    "SAM": "methods=(Sam(rho=0.05),)",
+    "selective backprop": "methods=(SelectiveBackprop(keep=0.5, start=0.5, end=0.9, interrupt=2),)",
+    "stochastic depth 0.1": "model=replace(recipe.model, block=Block(stochastic_depth=0.1))",
+    "cautious decay": "optimizer=replace(recipe.optimizer, weight_decay=1e-3, cautious=True)",
+    "weight decay": "optimizer=replace(recipe.optimizer, weight_decay=1e-3)",
+}
+STANDARD_WITH = {
+    "Muon": "optimizer=Muon(lr=recipe.optimizer.lr, others=recipe.optimizer)",
+    "Lion": "optimizer=Lion(lr=replace(recipe.optimizer.lr, peak=recipe.optimizer.lr.peak / 8))",
+    "ADOPT": "optimizer=Adopt(lr=recipe.optimizer.lr, b2=0.99)",
+    "AdEMAMix": "optimizer=Ademamix(lr=recipe.optimizer.lr, b2=0.95, b3=0.99)",
+    "schedule-free": "optimizer=ScheduleFree(lr=Constant(peak=recipe.optimizer.lr.peak, warmup=12))",
+    "QK norm": "model=replace(recipe.model, qk_norm=QkNorm(RmsNorm(), per_head=True))",
+    "ReLU squared": "model=replace(recipe.model, ffn=Mlp(Activation.RELU_SQUARED))",
+    "zero output projections": "model=replace(recipe.model, init=Kaiming(zero_residual=True))",
+    "untied head": "model=replace(recipe.model, tied=False)",
+    "value embeddings": "model=replace(recipe.model, value_tables=1)",
+    "bigram embeddings": "model=replace(recipe.model, inputs=(Bigram(8_192),))",
+    "rotary": "model=replace(recipe.model, position=Rotary())",
+    "line to zero": "optimizer=replace(recipe.optimizer, lr=as_line(recipe.optimizer.lr))",
+}
+BASES = {
+    "best without": (speedrun.BEST, BEST_WITHOUT),
+    "best with": (speedrun.BEST, BEST_WITH),
+    "standard with": (speedrun.STANDARD, STANDARD_WITH),
+}
+PREFACE = """\
+import runpy
+from dataclasses import replace
+
+from mosaicjax.layers.attention import Attention, QkNorm
+from mosaicjax.layers.block import Block, StreamScales
+from mosaicjax.layers.inits import Kaiming
+from mosaicjax.layers.mlp import Activation, Glu, Mlp
+from mosaicjax.layers.norm import LayerNorm, RmsNorm
+from mosaicjax.layers.position import Alibi, Rotary
+from mosaicjax.layers.token_inputs import Bigram, Smear
+from mosaicjax.losses import CrossEntropy
+from mosaicjax.methods.clip import ClipGradients
+from mosaicjax.methods.ema import Ema
+from mosaicjax.methods.sam import Sam
+from mosaicjax.methods.selective import SelectiveBackprop
+from mosaicjax.methods.swa import Swa
+from mosaicjax.muon import Muon
+from mosaicjax.optim import Ademamix, AdamW, Adopt, Constant, Cosine, Linear, Lion
+from mosaicjax.schedule_free import ScheduleFree
+
+
+def as_line(lr):
+    return Linear(peak=lr.peak, warmup=lr.warmup)
+
+
+def with_cosine(optimizer):
+    def cosine(lr):
+        return Cosine(peak=lr.peak, warmup=lr.warmup, final=0.1)
+
+    others = replace(optimizer.others, lr=cosine(optimizer.others.lr))
+    return replace(optimizer, lr=cosine(optimizer.lr), others=others)
+
+
+def longer(recipe, factor):
+    phases = tuple(replace(each, step=round(each.step * factor)) for each in recipe.phases)
+    return replace(recipe, steps=round(recipe.steps * factor), phases=phases)
+
+
+"""
+
+
+def written(folder: Path, name: str, base: str, edit: str) -> str:
+    """A recipe file that is another one with an edit."""
+    path = folder / f"{''.join(each if each.isalnum() else '-' for each in name)}.py"
+    path.write_text(f"{PREFACE}recipe = runpy.run_path({str(ROOT / base)!r})['recipe']\nrecipe = {edit}\n")
+    return str(path)
+
+
+def equivalent(loss: float, curve: Sequence[tuple[float, float]]) -> float:
+    """At which multiple of its tokens the base has this loss: on a line between lengths, in logarithms.
+
+    Beyond the lengths that were run the outer line goes on.
+    """
+    lengths, losses = (np.array(each) for each in zip(*sorted(curve), strict=True))
+    # From the longest, the lowest loss, up.
+    x, y = losses[::-1], np.log(lengths[::-1])
+    at = int(np.clip(np.searchsorted(x, loss) - 1, 0, len(x) - 2))
+    slope = (y[at + 1] - y[at]) / (x[at + 1] - x[at])
+    return math.exp(y[at] + slope * (loss - x[at]))
+
+
+def main() -> int:
+    """Train all and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("track", choices=sorted(speedrun.TRACKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES))
+    parser.add_argument("--books", default="")
+    options = parser.parse_args()
+    track = speedrun.TRACKS[options.track]
+    folder = speedrun.corpus(track.corpus, options.books)
+    recipes = folder / "recipes"
+    recipes.mkdir(exist_ok=True)
+    result: dict[str, Any] = {"track": options.track, "machine": machine(speedrun.PACKAGES), "tables": {}}
+
+    def runs(name: str, recipe: str, given: list[str]) -> list[dict[str, Any]]:
+        return [
+            speedrun.measured(f"ablation-{name}", recipe, given, seed, folder)
+            for seed in range(1, options.seeds + 1)
+        ]
+
+    def losses(found: list[dict[str, Any]]) -> list[float]:
+        return [run["validation_bits_per_byte"] for run in found]
+
+    for table in options.bases:
+        base, edits = BASES[table]
+        sizes = track.best if base == speedrun.BEST else track.standard
+        given = [*sizes, f"--data.path={folder.relative_to(ROOT)}/store"]
+        given = [each for each in given if not each.startswith("--steps")]
+        curve = {}
+        for factor in LENGTHS:
+            name = f"{table} {factor}"
+            recipe = written(recipes, name, base, f"longer(recipe, {factor})")
+            curve[factor] = runs(name, recipe, given)
+        mean = {factor: statistics.mean(losses(found)) for factor, found in curve.items()}
+        usual = curve[1.0]
+        noise = max(losses(usual)) - min(losses(usual))
+        rows: dict[str, Any] = {}
+        for name, edit in edits.items():
+            recipe = written(recipes, f"{table} {name}", base, f"replace(recipe, {edit})")
+            found = runs(f"{table} {name}", recipe, given)
+            loss = statistics.mean(losses(found))
+            tokens = 1.0 / equivalent(loss, list(mean.items()))
+            work, base_work = speedrun.work_of(recipe, given), speedrun.work_of(base, given)
+            flops = work["flops"] / work["tokens"] * base_work["tokens"] / base_work["flops"]
+            seconds = [
+                one["step_seconds"] / other["step_seconds"] for one, other in zip(found, usual, strict=True)
+            ]
+            rows[name] = {
+                "edit": edit,
+                "bits_per_byte": spread(losses(found)),
+                "tokens": tokens,
+                "flops": tokens * flops,
+                "seconds": tokens * statistics.median(seconds),
+                "within_noise": abs(loss - mean[1.0]) <= noise,
+            }
+            print(f"{table} {name}: {loss:.4f} ({mean[1.0]:.4f}), tokens x {tokens:.2f}", flush=True)
+        result["tables"][table] = {"base": base, "curve": curve, "noise": noise, "rows": rows}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
