@@ -192,7 +192,7 @@ def test_beside_frozen_layers_it_moves_the_others_as_without():
     [
         pytest.param(Mesh(data=1, fsdp=(8,)), marks=pytest.mark.slow),
         pytest.param(Mesh(data=1, fsdp=(2, 2), tensor=2), marks=pytest.mark.slow),
-        Mesh(data=2, fsdp=(4,), gather="explicit"),
+        pytest.param(Mesh(data=2, fsdp=(4,), gather="explicit"), marks=pytest.mark.slow),
     ],
     ids=["fsdp 8", "2 x 2 x tensor 2", "explicit"],
 )

@@ -15,6 +15,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.kernels.flash_attention import Implementation
 from mosaicjax.layers.attention import Attention, QkNorm
+from mosaicjax.layers.block import Block, StreamScales
 from mosaicjax.layers.inits import InitRule, Kaiming
 from mosaicjax.layers.mlp import Activation, Glu, Mlp
 from mosaicjax.layers.norm import LayerNorm, Norm, RmsNorm
@@ -28,12 +29,18 @@ from mosaicjax.layers.position import (
     RopeScaling,
     Rotary,
 )
+from mosaicjax.layers.token_inputs import Bigram, Smear
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
 from mosaicjax.methods.clip import ClipGradients
+from mosaicjax.methods.ema import Ema
+from mosaicjax.methods.sam import Sam
+from mosaicjax.methods.swa import Swa
 from mosaicjax.models import mpt
 from mosaicjax.models.decoder import Remat
+from mosaicjax.muon import Muon
 from mosaicjax.recipe import Eval, Later, Log, Recipe, Save
+from mosaicjax.schedule_free import ScheduleFree
 from mosaicjax.spec import Dtypes
 from mosaicjax.spikes import Ignore, RollBack, Stop
 from tests import tiny
@@ -70,11 +77,29 @@ OPTIMIZERS = st.one_of(
     some(optim.Optimizer, lr=SCHEDULES),
     some(optim.AdamW, lr=SCHEDULES, momentum_dtype=MOMENTA),
     some(optim.Lion, lr=SCHEDULES, momentum_dtype=MOMENTA),
+    some(optim.Adopt, lr=SCHEDULES, momentum_dtype=MOMENTA),
+    some(optim.Ademamix, lr=SCHEDULES),
+    some(ScheduleFree, lr=SCHEDULES),
+    some(
+        Muon,
+        lr=SCHEDULES,
+        dtype=MOMENTA,
+        others=some(optim.AdamW, lr=SCHEDULES, momentum_dtype=MOMENTA),
+    ),
 )
 QK_NORMS = st.none() | some(QkNorm, norm=NORMS)
+ATTENTIONS = some(Attention, position=POSITIONS, qk_norm=QK_NORMS, value_table=st.none() | SIZES)
 MODELS = some(
     mpt.Config,
-    attention=some(Attention, position=POSITIONS, qk_norm=QK_NORMS),
+    attention=ATTENTIONS,
+    block=some(
+        Block,
+        attention=ATTENTIONS,
+        mlp=some(Mlp, activation=st.sampled_from(Activation)),
+        norm=NORMS,
+        scales=st.none() | some(StreamScales),
+    ),
+    inputs=st.lists(st.one_of(some(Smear), some(Bigram)), max_size=2).map(tuple),
     position=POSITIONS,
     norm=NORMS,
     ffn=st.one_of(some(kind, activation=st.sampled_from(Activation)) for kind in (Mlp, Glu)),
@@ -94,7 +119,7 @@ RECIPES = some(
     data=DATA,
     optimizer=OPTIMIZERS,
     loss=some(CrossEntropy),
-    methods=st.lists(some(ClipGradients), max_size=2).map(tuple),
+    methods=st.lists(st.one_of(map(some, (ClipGradients, Ema, Swa, Sam))), max_size=2).map(tuple),
     skips=st.lists(SIZES, max_size=3).map(tuple),
     on_spike=st.one_of(some(kind) for kind in (Ignore, Stop, RollBack)),
     mesh=some(
@@ -108,9 +133,16 @@ RECIPES = some(
     eval=some(Eval),
     save=some(Save),
     log=some(Log),
-    phases=st.lists(st.builds(Later, SIZES, *[st.none() | SIZES] * 3, data=st.none() | DATA), max_size=2).map(
-        tuple
-    ),
+    phases=st.lists(
+        st.builds(
+            Later,
+            SIZES,
+            *[st.none() | SIZES] * 3,
+            data=st.none() | DATA,
+            model=st.none() | st.just(mpt.Config()),
+        ),
+        max_size=2,
+    ).map(tuple),
     price=st.none() | st.builds(Price, st.floats(0, 1e9), NAMES, NAMES),
 )
 

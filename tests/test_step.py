@@ -73,7 +73,11 @@ def naive_gradients(decoder, weights, batch, dtypes, z_loss=0.0):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.soak)]
+    ("dtype", "bound"),
+    [
+        pytest.param("float32", 1e-5, marks=pytest.mark.slow),
+        pytest.param("float64", 1e-12, marks=pytest.mark.soak),
+    ],
 )
 def test_gradient_is_the_same_whatever_the_microbatch(dtype, bound):
     with jax.enable_x64(dtype == "float64"):

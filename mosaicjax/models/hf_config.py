@@ -117,6 +117,7 @@ _ACTIVATIONS = {
     "silu": Activation.SILU,
     "swish": Activation.SILU,
     "relu": Activation.RELU,
+    "relu2": Activation.RELU_SQUARED,
     "sigmoid": Activation.SIGMOID,
 }
 """Transformers' names, where several name one function: the first is its usual name."""

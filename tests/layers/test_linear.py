@@ -14,6 +14,7 @@ from mosaicjax.layers.linear import from_inputs
 from mosaicjax.layers.mlp import Activation
 
 
+@pytest.mark.slow
 # Every shape is compiled anew.
 @settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 5), wide=st.integers(1, 9), seed=st.integers(0, 9))

@@ -194,7 +194,7 @@ class HandAdam:
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"tied": True},
+        pytest.param({"tied": True}, marks=pytest.mark.slow),
         pytest.param(
             {"tied": False, "ffn": Glu(), "bias": True, "position": Rotary(), "norm": RmsNorm()},
             marks=pytest.mark.slow,

@@ -83,4 +83,4 @@ def test_activations_of_transformers_that_are_the_same():
             continue
         theirs = names[name](peer.torch.from_numpy(x)).numpy()
         np.testing.assert_allclose(np.asarray(known[name].apply(x)), theirs, atol=2e-6, err_msg=name)
-    assert set(known.values()) == set(Activation) and len(known) == 11
+    assert set(known.values()) == set(Activation) and len(known) == 12
