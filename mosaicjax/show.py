@@ -50,8 +50,9 @@ def show(recipe: Recipe, devices: int) -> Iterator[str]:
     yield from memory(step, devices)
     yield ""
     for phase, steps in recipe.in_phases:
-        cost, tokens = flops.per_token(decoder, phase.seq), steps * phase.batch * phase.seq
-        each, all_flops = flops.described(decoder, cost, format_count), format_count(cost.causal * tokens)
+        mine, tokens = phase.model.build(), steps * phase.batch * phase.seq
+        cost = flops.per_token(mine, phase.seq)
+        each, all_flops = flops.described(mine, cost, format_count), format_count(cost.causal * tokens)
         yield (
             f"{steps:,} steps x {phase.batch:,} rows x {phase.seq:,} tokens = {format_count(tokens)}"
             f" tokens; {each}, {all_flops} in all"
