@@ -59,9 +59,8 @@ def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch):
 PLANTED = {
     "a doubled product": (
         "mosaicjax/layers/linear.py",
-        "@ weight.reshape(math.prod(inner), math.prod(out))",
-        "@ (weight.reshape(math.prod(inner), math.prod(out)) * 0.5)"
-        " + x.reshape(math.prod(rows), math.prod(inner)) @ (weight.reshape(math.prod(inner), -1) * 0.25)",
+        "return x_RI @ weight_IO",
+        "return x_RI @ (weight_IO * 0.5) + x_RI @ (weight_IO * 0.25)",
         "flops",
     ),
     "a lost donation": ("mosaicjax/step.py", "donate_argnums=(0,)", "donate_argnums=()", "aliased_bytes"),
