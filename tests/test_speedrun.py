@@ -62,11 +62,11 @@ def test_work_is_counted_by_phase():
     """Matrices of 12 x 128^2 a layer and a head of 4,096 x 128, causal scores of each phase's rows."""
     work = speedrun.work_of(speedrun.BEST, [])
     per_token = 4 * 12 * 128**2 + 4_096 * 128
-    attention = {length: 4 * 2 * 2 * 128 * (length + 1) / 2 for length in (64, 256)}
-    steps = {64: (70, 8), 256: (28, 2)}
+    attention = {length: 4 * 2 * 2 * 128 * (length + 1) / 2 for length in (32, 256)}
+    steps = {32: (77, 16), 256: (7, 2)}
     expected = sum(
         3 * (2 * per_token + attention[length]) * length * batch * count
         for length, (count, batch) in steps.items()
     )
     assert work["flops"] == pytest.approx(expected, rel=1e-12)
-    assert work["tokens"] == 98 * 512
+    assert work["tokens"] == 84 * 512
