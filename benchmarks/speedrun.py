@@ -109,8 +109,7 @@ def trained(recipe: str, options: Sequence[str], out: Path) -> dict[str, Any]:
     Raises: SystemExit with what the run said where it failed.
     """
     command = [sys.executable, "-m", "mosaicjax.cli", "train", recipe, "--out", str(out), *options]
-    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2_000:]}")
     found: dict[str, Any] = json.loads((out / "summary.json").read_text())
@@ -223,6 +222,8 @@ def main() -> int:
     parser.add_argument("--books", default="")
     parser.add_argument("--json", default=str(RECORDS), help="the records, which the result is put into")
     options = parser.parse_args()
+    # Of this process, which evaluates, and of those that train.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     track = TRACKS[options.track]
     folder = corpus(track.corpus, options.books)
     data = f"--data.path={folder.relative_to(ROOT)}/store"
