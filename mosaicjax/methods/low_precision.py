@@ -16,7 +16,7 @@ from mosaicjax.layers.context import Context
 from mosaicjax.layers.linear import PLAIN, Multiplied
 from mosaicjax.models.decoder import Decoder, Head, Output
 from mosaicjax.program import DecoderLoss, Method, Program
-from mosaicjax.spec import Constant, Dims, Spec, at_least_float32, is_param, path_name
+from mosaicjax.spec import Dims, Spec, at_least_float32, is_param, path_name
 
 HEAD = "head"
 """The product that gives logits, whatever its weight is called: a tied one is the embedding table."""
@@ -93,8 +93,8 @@ class LowPrecision(Method):
 def products(decoder: Decoder) -> Iterator[tuple[str, bool]]:
     """Names of the weights that layers multiply by, and whether these are experts'; last, the head's."""
     for name, param in decoder.spec().items():
-        # A constant start is that of norms and biases.
-        matrix = len(param.axes) > 1 and not isinstance(param.init, Constant) and not param.wide
+        # A matrix reads the residual stream or writes to it; biases and norms of heads do neither.
+        matrix = len(param.axes) > 1 and "embed" in param.axes and not param.wide
         if name.startswith("stacks/") and matrix:
             yield name, "experts" in param.axes
     yield HEAD, False

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from mosaicjax.errors import InputError
+from mosaicjax.layers.attention import QkNorm
+from mosaicjax.layers.block import Block, StreamScales
+from mosaicjax.layers.inits import Kaiming
 from mosaicjax.layers.linear import PLAIN
 from mosaicjax.layers.mlp import Glu
 from mosaicjax.losses import CrossEntropy
@@ -177,6 +180,28 @@ def test_names_that_nothing_has_and_experts_are_refused():
         LowPrecision()(made(model=sparse))
     named = chosen(sparse.build(), ("stacks/*/attention/*",))
     assert named == [f"{LAYER}/attention/{name}" for name in ("key", "out", "query", "value")]
+
+
+def test_products_are_chosen_whatever_their_weights_start_at():
+    """Every matrix of a layer, those that start at zero too, and no bias, norm or number beside."""
+    config = replace(
+        MODEL,
+        init=Kaiming(zero_residual=True),
+        bias=True,
+        qk_norm=QkNorm(),
+        value_tables=1,
+        block=Block(scales=StreamScales()),
+    )
+    parts = (
+        "attention/key",
+        "attention/out",
+        "attention/query",
+        "attention/value",
+        "mlp/down",
+        "mlp/gate",
+        "mlp/up",
+    )
+    assert chosen(config.build(), ("stacks/*",)) == [f"{LAYER}/{part}" for part in parts]
 
 
 def test_knobs_that_cannot_be_are_refused():
