@@ -1,5 +1,7 @@
 import hashlib
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # jax reads these when it is first imported: they must stand before any test module does that.
@@ -8,6 +10,12 @@ os.environ["XLA_FLAGS"] = " ".join(
     [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
     + ["--xla_force_host_platform_device_count=8"]
 )
+
+# Many tests start processes of their own, whose programs are the same: each is compiled once in a session.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+own_cache = None if CACHE in os.environ else tempfile.mkdtemp(prefix="mosaicjax-tests-")
+if own_cache:
+    os.environ |= {CACHE: own_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 import jax
 import pytest
@@ -23,6 +31,11 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_unconfigure(config):
+    if own_cache:
+        shutil.rmtree(own_cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
