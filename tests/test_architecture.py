@@ -22,6 +22,7 @@ FLOORS = {
     "data": 3,
     "optim": 3,
     "muon": 3,
+    "polar": 2,
     "schedule_free": 3,
     "losses": 3,
     "program": 4,

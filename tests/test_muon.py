@@ -15,8 +15,9 @@ from mosaicjax.errors import InputError
 from mosaicjax.mesh import Mesh
 from mosaicjax.methods.freeze import FreezeLayers
 from mosaicjax.models import gpt2, llama, mixtral, mpt
-from mosaicjax.muon import Muon, as_matrices, newton_schulz
+from mosaicjax.muon import Muon, as_matrices
 from mosaicjax.optim import AdamW, Constant, Cosine, Lion
+from mosaicjax.polar import Jordan, PolarExpress, minimax, near_polar
 from mosaicjax.program import Phase
 from mosaicjax.spec import ONES, Layers, Param, Spec, join
 from mosaicjax.step import Step
@@ -40,15 +41,15 @@ SPEC = Spec(
 MATRICES = ("query", "out", "up", "down")
 
 
-def orthogonal(matrix, iterations):
-    """The paper's iteration on one matrix, in float64."""
+def orthogonal(matrix, coefficients):
+    """The papers' iteration on one matrix, in float64."""
     x = np.asarray(matrix, np.float64)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    x = x / np.sqrt((x**2).sum())
-    for _ in range(iterations):
+    x = x / (np.sqrt((x**2).sum()) + 1e-7)
+    for a, b, c in coefficients:
         gram = x @ x.T
-        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        x = a * x + b * gram @ x + c * gram @ gram @ x
     return x.T if tall else x
 
 
@@ -62,10 +63,12 @@ def matrices_of(name, array):
 
 
 @pytest.mark.parametrize(
-    ("nesterov", "rms", "cautious", "decay", "iterations"),
-    [(True, 0.2, False, 0.0, 5), (False, 0.0, False, 0.01, 3), (True, 0.2, True, 0.02, 5)],
+    ("nesterov", "rms", "cautious", "decay", "iterations", "lower"),
+    [(True, 0.2, False, 0.0, 5, 0), (False, 0.0, False, 0.01, 3, 0.02), (True, 0.2, True, 0.02, 4, 0)],
 )
-def test_updates_are_the_definitions(nesterov, rms, cautious, decay, iterations):
+def test_updates_are_the_definitions(nesterov, rms, cautious, decay, iterations, lower):
+    polynomials = PolarExpress(lower) if lower else Jordan()
+    triples = polynomials.coefficients(iterations) if lower else [(3.4445, -4.7750, 2.0315)] * iterations
     rng = np.random.default_rng(1)
     others = AdamW(lr=Constant(peak=3e-3), weight_decay=1e-3)
     muon = Muon(
@@ -75,6 +78,7 @@ def test_updates_are_the_definitions(nesterov, rms, cautious, decay, iterations)
         cautious=cautious,
         weight_decay=decay,
         iterations=iterations,
+        polynomials=polynomials,
         others=others,
     )
     weights = SPEC.map(lambda param: jnp.asarray(rng.standard_normal(param.shape(SPEC.dims)), jnp.float32))
@@ -99,7 +103,7 @@ def test_updates_are_the_definitions(nesterov, rms, cautious, decay, iterations)
             for matrix, weight in zip(matrices_of(name, ahead), matrices_of(name, before), strict=True):
                 inputs, outputs = matrix.shape
                 scale = 0.2 * np.sqrt(max(inputs, outputs)) if rms else np.sqrt(max(1, outputs / inputs))
-                direction = scale * orthogonal(matrix, iterations)
+                direction = scale * orthogonal(matrix, triples)
                 shrunk = decay / 2e-2 * weight
                 if cautious:
                     shrunk = np.where(direction * weight > 0, shrunk, 0)
@@ -111,19 +115,49 @@ def test_updates_are_the_definitions(nesterov, rms, cautious, decay, iterations)
 
 @settings(max_examples=15)
 @given(
-    rows=st.integers(1, 40), columns=st.integers(1, 40), power=st.integers(-6, 6), seed=st.integers(0, 2**16)
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 90),
+    power=st.integers(-6, 6),
+    seed=st.integers(0, 2**16),
+    polynomials=st.sampled_from([Jordan(), PolarExpress(1e-3)]),
 )
-def test_singular_values_come_near_one(rows, columns, power, seed):
+def test_singular_values_come_near_one(rows, columns, power, seed, polynomials):
     """Of any matrix that is not nearly singular, whatever its scale; the singular vectors stay."""
     rng = np.random.default_rng(seed)
     rows, columns = sorted((rows, columns))
     u, _ = np.linalg.qr(rng.standard_normal((rows, rows)))
     v, _ = np.linalg.qr(rng.standard_normal((columns, rows)))
     values = rng.uniform(0.05, 1.0, rows) * 10.0**power
-    made = np.asarray(newton_schulz(jnp.asarray((u * values) @ v.T, jnp.float32)[None], 5))[0]
+    matrix = (u * values) @ v.T
+    made = np.asarray(near_polar(jnp.asarray(matrix, jnp.float32)[None], polynomials.coefficients(5)))[0]
+    np.testing.assert_allclose(made, orthogonal(matrix, polynomials.coefficients(5)), atol=5e-3)
     inside = u.T @ made @ v
     assert np.abs(inside - np.diag(np.diag(inside))).max() < 5e-3
     assert 0.3 < np.diag(inside).min() and np.diag(inside).max() < 1.35
+
+
+@given(lower=st.floats(1e-4, 0.9), spread=st.floats(1.1, 1e3))
+def test_the_best_polynomial_is_as_far_from_one_at_four_points_by_turns(lower, spread):
+    """Which makes it the best (Chebyshev): no other of its kind is nearer to 1 everywhere between."""
+    upper = lower * spread
+    a, b, c = minimax(lower, upper)
+    x = np.linspace(lower, upper, 200_001)
+    error = a * x + b * x**3 + c * x**5 - 1
+    farthest = np.abs(error).max()
+    signs = np.sign(error[np.abs(error) > farthest * (1 - 1e-5)])
+    assert 1 + np.count_nonzero(np.diff(signs)) >= 4
+    assert signs[0] == -1
+
+
+@pytest.mark.parametrize(("lower", "iterations"), [(1e-3, 5), (0.02, 3), (0.5, 4)])
+def test_what_is_above_the_lower_end_comes_as_near_as_the_composition_says(lower, iterations):
+    x = np.geomspace(lower, 1, 10_000)
+    for a, b, c in PolarExpress(lower).coefficients(iterations):
+        x = a * x + b * x**3 + c * x**5
+    # At the lower end the value is the farthest below 1, and nothing is farther above.
+    assert x.min() == pytest.approx(x[0], abs=1e-3)
+    assert x.max() - 1 <= 1 - x[0] + 1e-3
+    assert abs(x - 1).max() < {5: 0.14, 3: 0.11, 4: 1e-6}[iterations]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +183,8 @@ def test_what_cannot_be_is_refused():
         Muon(iterations=0).build(SPEC, 3)
     with pytest.raises(InputError, match=re.escape("Muon.rms; expected 0 or more; got -0.1")):
         Muon(rms=-0.1).build(SPEC, 3)
+    with pytest.raises(InputError, match=re.escape("PolarExpress.lower; expected between 0 and 1; got 1.5")):
+        Muon(polynomials=PolarExpress(1.5)).build(SPEC, 3)
     bare = Spec({"embed": {"tokens": Param(("vocab", "embed"), ONES)}}, SPEC.dims)
     with pytest.raises(InputError, match="Muon needs matrices in layers"):
         Muon().build(bare, 3)
