@@ -19,7 +19,7 @@ Triples = tuple[tuple[float, float, float], ...]
 JORDAN = (3.4445, -4.7750, 2.0315)
 TINY = 1e-7
 MARGIN = 1.01
-"""Polynomials are steep at the upper end: values are kept this much below it, where rounding is not magnified."""
+"""Polynomials are steep at the upper end, where they magnify rounding: values are kept this much below it."""
 GRAM_RATIO = 2
 """From this ratio of a matrix's sides on, iterations are of its Gram matrix: fewer FLOPs."""
 

@@ -12,10 +12,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 # Many tests start processes of their own, whose programs are the same: each is compiled once in a session.
-CACHE = "JAX_COMPILATION_CACHE_DIR"
-own_cache = None if CACHE in os.environ else tempfile.mkdtemp(prefix="mosaicjax-tests-")
-if own_cache:
-    os.environ |= {CACHE: own_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mosaicjax-tests-{os.getpid()}")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import pytest
@@ -34,8 +34,9 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_unconfigure(config):
-    if own_cache:
-        shutil.rmtree(own_cache, ignore_errors=True)
+    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if cache.name == f"mosaicjax-tests-{os.getpid()}":
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
