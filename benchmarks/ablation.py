@@ -2,11 +2,12 @@
 
     python benchmarks/ablation.py code-1M
 
-Every edit is a recipe of its own, trained with each seed beside its base, at the base's settings. How many
-tokens an edit costs or saves is read from the base's own curve, the same recipe at several lengths, each
-with its schedule run to its end: the edit's loss is that of the base at some multiple m of its tokens, so to
-the base's loss it would take 1 / m of them. FLOPs and seconds are that, times those of a token. An edit whose
-loss lies within the spread of the base's seeds is named so. Losses are bits a byte of validation documents.
+Every edit is a recipe of its own, trained with each seed beside its base, at the base's settings; each run
+has a core of its own, and as many run at a time as there are cores. How many tokens an edit costs or saves is
+read from the base's own curve, the same recipe at several lengths, each with its schedule run to its end: an
+edit's loss is the base's at some multiple m of its tokens, so to the base's loss it would take 1 / m of
+them. FLOPs and seconds of steps are that, times those of a token. An edit whose loss lies within the spread
+of the base's seeds is named so. Losses are bits a byte of validation documents.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import queue
 import statistics
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,9 @@ BEST_WITHOUT = {
     "rotary (ALiBi instead)": "model=replace(recipe.model, position=Alibi())",
     "RMS norm (layer norm instead)": "model=replace(recipe.model, norm=LayerNorm(bias=False))",
     "line to zero (cosine to a tenth)": "optimizer=with_cosine(recipe.optimizer)",
+    "PolarExpress (five of Jordan's instead)": (
+        "optimizer=replace(recipe.optimizer, polynomials=Jordan(), iterations=5)"
+    ),
     "short rows first": "seq=256, batch=2, phases=()",
 }
 BEST_WITH = {
@@ -100,6 +107,7 @@ from mosaicjax.methods.selective import SelectiveBackprop
 from mosaicjax.methods.swa import Swa
 from mosaicjax.muon import Muon
 from mosaicjax.optim import Ademamix, AdamW, Adopt, Constant, Cosine, Linear, Lion
+from mosaicjax.polar import Jordan
 from mosaicjax.schedule_free import ScheduleFree
 
 
@@ -123,10 +131,12 @@ def longer(recipe, factor):
 """
 
 
-def written(folder: Path, name: str, base: str, edit: str) -> str:
+def written(path: str, base: str, edit: str) -> str:
     """A recipe file that is another one with an edit."""
-    path = folder / f"{''.join(each if each.isalnum() else '-' for each in name)}.py"
-    path.write_text(f"{PREFACE}recipe = runpy.run_path({str(ROOT / base)!r})['recipe']\nrecipe = {edit}\n")
+    (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+    (ROOT / path).write_text(
+        f"{PREFACE}recipe = runpy.run_path({str(ROOT / base)!r})['recipe']\nrecipe = {edit}\n"
+    )
     return str(path)
 
 
@@ -143,67 +153,140 @@ def equivalent(loss: float, curve: Sequence[tuple[float, float]]) -> float:
     return math.exp(y[at] + slope * (loss - x[at]))
 
 
+Found = dict[str, list[dict[str, Any]]]
+
+
+def all_runs(jobs: dict[str, tuple[str, list[str]]], seeds: int, folder: Path, cores: Sequence[int]) -> Found:
+    """What each job's runs came to, by its name and seed by seed; each run has a core of its own."""
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for core in cores:
+        free.put(core)
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        recipe, given = jobs[name]
+        out = folder / "runs" / f"ablation-{name.replace(' ', '-')}-{seed}"
+        if out.exists():
+            raise SystemExit(f"{out} is there: delete it to measure again")
+        core = free.get()
+        try:
+            summary = speedrun.trained(recipe, [*given, f"--seed={seed}"], out, core)
+        finally:
+            free.put(core)
+        seconds, bits = summary["seconds"], summary["heldout"]["bits_per_byte"]
+        print(f"{name}, seed {seed}: {bits:.4f} bits a byte, {seconds['train']:.1f} s of steps", flush=True)
+        return {
+            "seed": seed,
+            "validation_bits_per_byte": bits,
+            "step_seconds": seconds["train"] + seconds["data_wait"],
+        }
+
+    # Seed by seed, so that what is compared was run at about the same time.
+    with ThreadPoolExecutor(len(cores)) as pool:
+        tasks = [(name, pool.submit(run, name, seed)) for seed in range(1, seeds + 1) for name in jobs]
+    found: Found = {name: [] for name in jobs}
+    for name, task in tasks:
+        found[name].append(task.result())
+    return found
+
+
+def losses(runs: Sequence[dict[str, Any]]) -> list[float]:
+    """The validation loss of each seed."""
+    return [run["validation_bits_per_byte"] for run in runs]
+
+
+def table(base: str, edits: dict[str, str], sizes: Sequence[str], made: Found, label: str) -> dict[str, Any]:
+    """The rows of a table: each edit beside its base."""
+    mean = {factor: statistics.mean(losses(made[f"{base} {factor}"])) for factor in LENGTHS}
+    usual = made[f"{base} 1.0"]
+    noise = max(losses(usual)) - min(losses(usual))
+    base_work = speedrun.work_of(base, sizes)
+    rows: dict[str, Any] = {}
+    for name, edit in edits.items():
+        runs, recipe = made[f"{label} {name}"], edited(label, name)
+        loss = statistics.mean(losses(runs))
+        tokens = [1.0 / equivalent(each, list(mean.items())) for each in losses(runs)]
+        work = speedrun.work_of(recipe, sizes)
+        flops = work["flops"] / work["tokens"] * base_work["tokens"] / base_work["flops"]
+        seconds = statistics.median(
+            one["step_seconds"] / other["step_seconds"] for one, other in zip(runs, usual, strict=True)
+        )
+        seconds *= base_work["tokens"] / work["tokens"]
+        rows[name] = {
+            "edit": edit,
+            "bits_per_byte": spread(losses(runs)),
+            "times_tokens": spread(tokens),
+            "times_flops": statistics.median(tokens) * flops,
+            "times_seconds": statistics.median(tokens) * seconds,
+            "within_noise": abs(loss - mean[1.0]) <= noise,
+        }
+    return {"base": base, "bits_per_byte": mean, "noise": noise, "rows": rows}
+
+
+def edited(label: str, name: str) -> str:
+    """Where the recipe of an edit is written."""
+    kept = "".join(each if each.isalnum() else "-" for each in f"{label} {name}")
+    return str((speedrun.WORK / "ablation" / f"{kept}.py").relative_to(ROOT))
+
+
 def main() -> int:
-    """Train all and write the table."""
+    """Train all and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("track", choices=sorted(speedrun.TRACKS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES))
+    parser.add_argument("--tables", nargs="*", default=list(BASES), choices=list(BASES))
+    parser.add_argument("--cores", nargs="*", type=int, default=sorted(os.sched_getaffinity(0)))
     parser.add_argument("--books", default="")
+    parser.add_argument("--json", default=str(RESULT))
     options = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # The seed is no part of the program: runs of a recipe compile it once, which no figure here counts.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(speedrun.WORK / "programs"))
     track = speedrun.TRACKS[options.track]
     folder = speedrun.corpus(track.corpus, options.books)
-    recipes = folder / "recipes"
-    recipes.mkdir(exist_ok=True)
-    result: dict[str, Any] = {"track": options.track, "machine": machine(speedrun.PACKAGES), "tables": {}}
-
-    def runs(name: str, recipe: str, given: list[str]) -> list[dict[str, Any]]:
-        return [
-            speedrun.measured(f"ablation-{name}", recipe, given, seed, folder)
-            for seed in range(1, options.seeds + 1)
-        ]
-
-    def losses(found: list[dict[str, Any]]) -> list[float]:
-        return [run["validation_bits_per_byte"] for run in found]
-
-    for table in options.bases:
-        base, edits = BASES[table]
-        sizes = track.best if base == speedrun.BEST else track.standard
-        given = [*sizes, f"--data.path={folder.relative_to(ROOT)}/store"]
-        given = [each for each in given if not each.startswith("--steps")]
-        curve = {}
+    data = f"--data.path={folder.relative_to(ROOT)}/store"
+    sizes: dict[str, list[str]] = {}
+    jobs: dict[str, tuple[str, list[str]]] = {}
+    for label in options.tables:
+        base, edits = BASES[label]
+        given = track.best if base == speedrun.BEST else track.standard
+        # How long each is, its recipe says.
+        sizes[base] = [data, *(each for each in given if not each.startswith("--steps"))]
         for factor in LENGTHS:
-            name = f"{table} {factor}"
-            recipe = written(recipes, name, base, f"longer(recipe, {factor})")
-            curve[factor] = runs(name, recipe, given)
-        mean = {factor: statistics.mean(losses(found)) for factor, found in curve.items()}
-        usual = curve[1.0]
-        noise = max(losses(usual)) - min(losses(usual))
-        rows: dict[str, Any] = {}
+            recipe = written(edited(base, str(factor)), base, f"longer(recipe, {factor})")
+            jobs[f"{base} {factor}"] = (recipe, sizes[base])
         for name, edit in edits.items():
-            recipe = written(recipes, f"{table} {name}", base, f"replace(recipe, {edit})")
-            found = runs(f"{table} {name}", recipe, given)
-            loss = statistics.mean(losses(found))
-            tokens = 1.0 / equivalent(loss, list(mean.items()))
-            work, base_work = speedrun.work_of(recipe, given), speedrun.work_of(base, given)
-            flops = work["flops"] / work["tokens"] * base_work["tokens"] / base_work["flops"]
-            seconds = [
-                one["step_seconds"] / other["step_seconds"] for one, other in zip(found, usual, strict=True)
-            ]
-            rows[name] = {
-                "edit": edit,
-                "bits_per_byte": spread(losses(found)),
-                "tokens": tokens,
-                "flops": tokens * flops,
-                "seconds": tokens * statistics.median(seconds),
-                "within_noise": abs(loss - mean[1.0]) <= noise,
-            }
-            print(f"{table} {name}: {loss:.4f} ({mean[1.0]:.4f}), tokens x {tokens:.2f}", flush=True)
-        result["tables"][table] = {"base": base, "curve": curve, "noise": noise, "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+            recipe = written(edited(label, name), base, f"replace(recipe, {edit})")
+            jobs[f"{label} {name}"] = (recipe, sizes[base])
+    made = all_runs(jobs, options.seeds, folder, options.cores)
+    result = {
+        "track": options.track,
+        "seeds": options.seeds,
+        "cores": "each run has one core, and as many run at a time",
+        "machine": machine(speedrun.PACKAGES),
+        "tables": {
+            label: table(BASES[label][0], BASES[label][1], sizes[BASES[label][0]], made, label)
+            for label in options.tables
+        },
+    }
+    for label, each in result["tables"].items():
+        print("\n".join(lines(label, each)))
+    Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def lines(label: str, found: dict[str, Any]) -> list[str]:
+    """A table for a terminal: times more (above 1) or less (below) to the loss of the base."""
+    said = [f"{label}: {found['base']}, {found['bits_per_byte'][1.0]:.4f}, seeds {found['noise']:.4f} apart"]
+    for name, row in found["rows"].items():
+        tokens = row["times_tokens"]
+        said.append(
+            f"  {name:34} {row['bits_per_byte']['median']:.4f}  tokens x {tokens['median']:.2f}"
+            f" ({tokens['least']:.2f} to {tokens['most']:.2f})  FLOPs x {row['times_flops']:.2f}"
+            f"  seconds x {row['times_seconds']:.2f}{'  within noise' if row['within_noise'] else ''}"
+        )
+    return said
 
 
 if __name__ == "__main__":

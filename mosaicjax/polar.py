@@ -5,6 +5,7 @@ Each iteration is an odd polynomial of degree 5, a X + b (X X^T) X + c (X X^T)^2
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,19 +26,28 @@ GRAM_RATIO = 2
 
 
 @dataclass(frozen=True)
-class Jordan:
+class Polynomials(abc.ABC):
+    """Which polynomial each iteration is."""
+
+    @abc.abstractmethod
+    def coefficients(self, iterations: int) -> Triples:
+        """Of each iteration: a, b and c."""
+
+
+@dataclass(frozen=True)
+class Jordan(Polynomials):
     """The same polynomial each time, steep at 0: singular values come to lie between 0.7 and 1.2.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
 
     def coefficients(self, iterations: int) -> Triples:
-        """Of each iteration: a, b and c."""
+        """See `Polynomials.coefficients`."""
         return (JORDAN,) * iterations
 
 
 @dataclass(frozen=True)
-class PolarExpress:
+class PolarExpress(Polynomials):
     """The best polynomial of each iteration for what the one before it leaves of singular values.
 
     The largest distance from 1 is, but for a margin of one hundredth, as small as so many iterations can make
@@ -50,7 +60,7 @@ class PolarExpress:
     lower: float = 1e-3
 
     def coefficients(self, iterations: int) -> Triples:
-        """Of each iteration: a, b and c.
+        """See `Polynomials.coefficients`.
 
         Raises:
             InputError: `lower` is not between 0 and 1.
@@ -58,9 +68,6 @@ class PolarExpress:
         if not 0 < self.lower < 1:
             raise InputError("PolarExpress.lower", expected="between 0 and 1", got=self.lower)
         return _composed(self.lower, iterations)
-
-
-Polynomials = Jordan | PolarExpress
 
 
 @cache

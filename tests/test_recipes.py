@@ -5,6 +5,7 @@ A new file of recipes/ fails here until it is listed with its published count.
 
 import dataclasses
 import math
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -74,6 +75,13 @@ PUBLISHED = {
         by_hand=mpt(4, 256, 4_096),
         tokens=655_360,
         peer=("MptConfig", dict(n_layers=4, d_model=256, n_heads=4, vocab_size=4_096)),
+    ),
+    "dial": Published(
+        # nanochat's README gives 561M for depth 20: without the scales of norms, these are 560,988,160.
+        count=12 * 12 * 768**2 + 2 * 65_536 * 768 + (2 * 12 + 1) * 768 + 12 * 2 * 128,
+        source="nanochat's formulas: ours adds norms with scales",
+        by_hand=12 * 12 * 768**2 + 2 * 65_536 * 768 + (2 * 12 + 1) * 768 + 12 * 2 * 128,
+        tokens=12 * (12 * 12 * 768**2 + 65_536 * 768),
     ),
     "mpt_125m": Published(
         count=125_311_488,
@@ -322,3 +330,29 @@ def test_two_steps_of_a_narrow_and_shallow_one(name, store, tmp_path):
     rate = recipe.optimizer.lr.build(2)
     assert [row["lr"] for row in rows] == pytest.approx([float(rate(0)), float(rate(1))])
     assert tiny.complete(out) == [2]
+
+
+@pytest.mark.parametrize(
+    ("depth", "embed", "heads", "steps", "batch"),
+    # Worked by hand from the formulas: twelve tokens a parameter of layers and head, a power of two a step.
+    [
+        (4, 256, 2, 912, 128),
+        (12, 768, 6, 3_096, 256),
+        (20, 1_280, 10, 5_460, 512),
+        (26, 1_664, 13, 11_134, 512),
+    ],
+)
+def test_all_follows_from_the_depth(depth, embed, heads, steps, batch):
+    recipe = runpy.run_path(str(FOLDER / "dial.py"))["from_depth"](depth)
+    model = recipe.model
+    assert (model.layers, model.embed, model.heads, model.mlp) == (depth, embed, heads, 4 * embed)
+    assert (recipe.steps, recipe.batch) == (steps, batch)
+    scale = math.sqrt(batch / 256)
+    assert recipe.optimizer.lr.peak == pytest.approx(0.02 * scale)
+    assert recipe.optimizer.others.lr.peak == pytest.approx(0.008 * scale * math.sqrt(768 / embed))
+    # Batch / (rate x decay x tokens) is the same at every depth: 2^19 / (0.02 x 0.28 x 1,623,195,648) at 12.
+    tokens = 12 * (12 * depth * embed**2 + 65_536 * embed)
+    constant = batch * 2_048 / (recipe.optimizer.weight_decay * tokens)
+    assert constant == pytest.approx(2**19 / (0.02 * 0.28 * 1_623_195_648))
+    if depth == 20:
+        assert round(model.build().spec().count() / 1e6) == 561

@@ -31,12 +31,14 @@ def test_a_loss_as_a_multiple_of_tokens(loss, length):
 def test_how_many_times_less():
     def side(tokens, flops, seconds):
         runs = [{"step_seconds": s, "seconds": s + 5, "usd": 2 * s} for s in seconds]
-        return {"work": {"tokens": tokens, "flops": flops}, "runs": runs}
+        cold = {"seconds": tokens + 10.0, "usd": 1.0}
+        return {"work": {"tokens": tokens, "flops": flops}, "runs": runs, "cold": cold}
 
     found = speedrun.ratios(side(100, 900, [20.0, 30.0, 45.0]), side(25, 300, [5.0, 10.0, 5.0]))
     assert (found["tokens"], found["flops"]) == (4, 3)
     assert found["step_seconds"] == {"median": 4, "least": 3, "most": 9}
     assert found["seconds"] == {"median": 2.5, "least": 35 / 15, "most": 5}
+    assert found["cold"] == 110 / 35
     assert found["usd"] == {"median": 4, "least": 3, "most": 9}
 
 
@@ -51,9 +53,9 @@ def test_every_edit_is_a_recipe(table, tmp_path):
     base, edits = ablation.BASES[table]
     plain = load(str(ablation.ROOT / base)).recipe
     for name, edit in edits.items():
-        path = ablation.written(tmp_path, f"{table} {name}", base, f"replace(recipe, {edit})")
+        path = ablation.written(f"{tmp_path}/edit.py", base, f"replace(recipe, {edit})")
         assert load(path).recipe != plain, name
-    longer = load(ablation.written(tmp_path, "longer", base, "longer(recipe, 1.6)")).recipe
+    longer = load(ablation.written(f"{tmp_path}/longer.py", base, "longer(recipe, 1.6)")).recipe
     assert longer.steps == round(1.6 * plain.steps)
     assert [each.step for each in longer.phases] == [round(1.6 * each.step) for each in plain.phases]
 
@@ -70,3 +72,27 @@ def test_work_is_counted_by_phase():
     )
     assert work["flops"] == pytest.approx(expected, rel=1e-12)
     assert work["tokens"] == 84 * 512
+
+
+def test_a_table_by_hand():
+    """Losses on the base's curve: 2.4 is its loss at the square root of 2 times its tokens."""
+    factors = dict(zip(ablation.LENGTHS, (2.9, 2.7, 2.5, 2.4, 2.3), strict=True))
+
+    def runs(*pairs):
+        return [{"validation_bits_per_byte": loss, "step_seconds": seconds} for loss, seconds in pairs]
+
+    base = speedrun.STANDARD
+    made = {
+        f"{base} {factor}": runs((loss - 0.01, 10.0), (loss + 0.01, 20.0)) for factor, loss in factors.items()
+    }
+    made["with good"] = runs((2.4, 12.0), (2.4, 24.0))
+    made["with idle"] = runs((2.515, 10.0), (2.5, 20.0))
+    edits = {"good": "seed=3", "idle": "seed=4"}
+    for name, edit in edits.items():
+        ablation.written(ablation.edited("with", name), base, f"replace(recipe, {edit})")
+    found = ablation.table(base, edits, list(speedrun.SMALL), made, "with")["rows"]
+    assert found["good"]["times_tokens"]["median"] == pytest.approx(1 / 1.25)
+    assert found["good"]["times_flops"] == pytest.approx(1 / 1.25)
+    assert found["good"]["times_seconds"] == pytest.approx(1.2 / 1.25)
+    assert not found["good"]["within_noise"]
+    assert found["idle"]["within_noise"]
