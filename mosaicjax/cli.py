@@ -60,6 +60,7 @@ def parser() -> Parser:
     _add_sweep(commands)
     _add_generate(commands)
     _add_evaluate(commands)
+    _add_report(commands)
     _add_import(commands)
     _add_export(commands)
     add_data(commands, _command)
@@ -154,6 +155,13 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
 def _add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
     command = _command(commands, "evaluate", _evaluate, "held-out bits of a run, beside gzip -9")
     command.add_argument("model", help="a run directory")
+
+
+def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = _command(commands, "report", _report, "runs beside each other on one page of HTML")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, finished or not")
+    command.add_argument("--out", default="report.html", help="the page; replaced where it is there")
+    command.add_argument("--title", default="", help="(default: the runs' names)")
 
 
 def _add_import(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -286,6 +294,17 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     for line in evaluate_run(options.model):
         print(line)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from mosaicjax import storage
+    from mosaicjax.report.page import names_of, page, read
+
+    names = names_of(options.runs)
+    shown = [read(run, name) for run, name in zip(options.runs, names, strict=True)]
+    storage.write_text(options.out, page(shown, options.title or ", ".join(names)))
+    print(f"{options.out}: {len(shown)} run{'s' if len(shown) > 1 else ''}")
     return 0
 
 
