@@ -165,8 +165,6 @@ def all_runs(jobs: dict[str, tuple[str, list[str]]], seeds: int, folder: Path, c
     def run(name: str, seed: int) -> dict[str, Any]:
         recipe, given = jobs[name]
         out = folder / "runs" / f"ablation-{name.replace(' ', '-')}-{seed}"
-        if out.exists():
-            raise SystemExit(f"{out} is there: delete it to measure again")
         core = free.get()
         try:
             summary = speedrun.trained(recipe, [*given, f"--seed={seed}"], out, core)

@@ -11,9 +11,8 @@ by neither, nor by the choice of any setting: that goes by the validation docume
 
 Corpora are built on first use below build/speedrun: `code` is the standard library of the Python at hand,
 `books` needs --books, a JSON lines file of whole books. Tokens are target tokens, FLOPs the model's (causal
-attention counted as it is seen), seconds those of steps and of the whole run. A pair before the first seed's
-finds no compiled program: its whole runs have compilation in them (`cold`). The others find theirs in jax's
-compilation cache, as any run of a recipe but the first does where there is one.
+attention counted as it is seen), seconds those of steps, of the whole run, and of that without compiling.
+With --cores 0 1 each run has one of these cores, and two are trained at a time.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ import argparse
 import hashlib
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ TEST_SHARE = 0.08
 HELD_OUT = 0.06
 SMALL = ("--model.layers=4", "--model.embed=128", "--model.heads=4", "--model.mlp=512")
 MIDDLE = ("--model.layers=4", "--model.embed=224", "--model.heads=4", "--model.mlp=896")
+SECONDS_AND_DOLLARS = ("step_seconds", "seconds_but_compiling", "seconds", "usd")
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 
 
@@ -112,8 +113,10 @@ def corpus(name: str, books: str) -> Path:
 def trained(recipe: str, options: Sequence[str], out: Path, core: int | None = None) -> dict[str, Any]:
     """A run's own summary; with `core`, of a process that has this core alone.
 
-    Raises: SystemExit with what the run said where it failed.
+    Raises: SystemExit with what the run said where it failed, or where it was run before.
     """
+    if out.exists():
+        raise SystemExit(f"{out} is there: delete it to measure again")
     command = [sys.executable, "-m", "mosaicjax.cli", "train", recipe, "--out", str(out), *options]
     bound = None if core is None else partial(os.sched_setaffinity, 0, {core})
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=bound)
@@ -163,18 +166,45 @@ def work_of(recipe: str, options: Sequence[str]) -> dict[str, float]:
     }
 
 
-def measured(label: str, recipe: str, options: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:
-    """One run: what it cost and what it came to."""
-    out = folder / "runs" / f"{label}-{seed}"
-    if out.exists():
-        raise SystemExit(f"{out} is there: delete it to measure again")
-    summary = trained(recipe, [*options, f"--seed={seed}"], out)
+def seed_by_seed(
+    sides: dict[str, tuple[str, list[str]]], seeds: int, track: str, folder: Path, cores: Sequence[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each side's run with each seed, side by side in time; evaluated one by one, when all are trained."""
+    free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    for core in cores or [None]:
+        free.put(core)
+
+    def train(name: str, seed: int) -> tuple[Path, dict[str, Any]]:
+        recipe, given = sides[name]
+        core, out = free.get(), folder / "runs" / f"{track}-{name}-{seed}"
+        try:
+            return out, trained(recipe, [*given, f"--seed={seed}"], out, core)
+        finally:
+            free.put(core)
+
+    with ThreadPoolExecutor(max(len(cores), 1)) as pool:
+        tasks = [
+            (name, seed, pool.submit(train, name, seed)) for seed in range(1, seeds + 1) for name in sides
+        ]
+    for name, seed, task in tasks:
+        out, summary = task.result()
+        run = measured(out, summary, folder) | {"seed": seed}
+        print(
+            f"{name}, seed {seed}: {run['test_bits_per_byte']:.4f} bits a byte,"
+            f" {run['step_seconds']:.1f} s of steps, {run['seconds']:.1f} s in all",
+            flush=True,
+        )
+        yield name, run
+
+
+def measured(out: Path, summary: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a run cost and what it came to."""
     seconds, price = summary["seconds"], summary["cost"]
     return {
-        "seed": seed,
         "test_bits_per_byte": bits_per_byte(out, folder / "test"),
         "validation_bits_per_byte": summary["heldout"]["bits_per_byte"],
         "step_seconds": seconds["train"] + seconds["data_wait"],
+        "seconds_but_compiling": seconds["total"] - seconds["compile"],
         "seconds": seconds["total"],
         "usd": price["usd"] if price else None,
     }
@@ -185,11 +215,10 @@ def ratios(standard: dict[str, Any], contender: dict[str, Any]) -> dict[str, Any
     found: dict[str, Any] = {
         name: standard["work"][name] / contender["work"][name] for name in ("tokens", "flops")
     }
-    for name in ("step_seconds", "seconds", "usd"):
+    for name in SECONDS_AND_DOLLARS:
         pairs = list(zip(standard["runs"], contender["runs"], strict=True))
         if all(run[name] for pair in pairs for run in pair):
             found[name] = spread([one[name] / other[name] for one, other in pairs])
-    found["cold"] = standard["cold"]["seconds"] / contender["cold"]["seconds"]
     return found
 
 
@@ -210,10 +239,9 @@ def lines(result: dict[str, Any]) -> list[str]:
         + ", ".join(
             f"{name.replace('_', ' ')} {times[name]['median']:.2f} ({times[name]['least']:.2f} to"
             f" {times[name]['most']:.2f})"
-            for name in ("step_seconds", "seconds", "usd")
+            for name in SECONDS_AND_DOLLARS
             if name in times
         )
-        + f"; seconds with compilation {times['cold']:.2f}"
     )
     said.append("the target is reached" if result["reached"] else "the target is NOT reached")
     return said
@@ -228,6 +256,7 @@ def main() -> int:
     parser.add_argument("--recipe", default=BEST, help="the contender's")
     parser.add_argument("--override", action="append", default=[], help="of the contender, as --steps=90")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cores", nargs="*", type=int, default=[])
     parser.add_argument("--books", default="")
     parser.add_argument("--json", default=str(RECORDS), help="the records, which the result is put into")
     options = parser.parse_args()
@@ -241,23 +270,11 @@ def main() -> int:
         "contender": (options.recipe, [*track.best, *options.override, data]),
     }
     result: dict[str, Any] = {"track": options.track, "machine": machine(PACKAGES)}
+    result["cores"] = "one each" if options.cores else "all, one run at a time"
     for name, (recipe, given) in sides.items():
         result[name] = {"recipe": recipe, "options": given, "work": work_of(recipe, given), "runs": []}
-    with tempfile.TemporaryDirectory() as programs:
-        # Read by the processes that train.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
-        for seed in range(options.seeds + 1):
-            for name, (recipe, given) in sides.items():
-                run = measured(f"{options.track}-{name}", recipe, given, seed, folder)
-                if seed == 0:
-                    result[name]["cold"] = {each: run[each] for each in ("seconds", "usd")}
-                else:
-                    result[name]["runs"].append(run)
-                print(
-                    f"{name}, seed {seed}: {run['test_bits_per_byte']:.4f} bits a byte,"
-                    f" {run['step_seconds']:.1f} s of steps, {run['seconds']:.1f} s in all",
-                    flush=True,
-                )
+    for name, run in seed_by_seed(sides, options.seeds, options.track, folder, options.cores):
+        result[name]["runs"].append(run)
     target, found = (
         statistics.mean(run["test_bits_per_byte"] for run in result[name]["runs"]) for name in sides
     )

@@ -2,10 +2,11 @@
 
     python benchmarks/speedrun.py code-1M
 
-Muon for the matrices; RMS norms, queries and keys normed, rotary positions, ReLU squared, output projections
-that start at zero, an untied head, value embeddings and hashed pairs of tokens; rows of 32 tokens until the
-last steps, which have whole ones; a rate that falls to nothing on a line. Settings were chosen by some thirty
-trials on the validation documents. `python benchmarks/ablation.py code-1M` says what each part is worth.
+Muon for the matrices, with three of PolarExpress's polynomials for five of Jordan's; RMS norms, queries and
+keys normed, rotary positions, ReLU squared, output projections that start at zero, an untied head, value
+embeddings and hashed pairs of tokens; rows of 32 tokens until the last steps, which have whole ones; a rate
+that falls to nothing on a line. Settings were chosen by some thirty trials on the validation documents.
+`python benchmarks/ablation.py code-1M` says what each part is worth.
 
 Source: modded-nanogpt's records for the parts, https://github.com/KellerJordan/modded-nanogpt.
 """
@@ -22,6 +23,7 @@ from mosaicjax.mesh import fsdp
 from mosaicjax.models import mpt
 from mosaicjax.muon import Muon
 from mosaicjax.optim import AdamW, Linear
+from mosaicjax.polar import PolarExpress
 from mosaicjax.recipe import Eval, Later, Recipe, Save
 from mosaicjax.spec import Dtypes
 
@@ -50,6 +52,8 @@ recipe = Recipe(
     optimizer=Muon(
         lr=Linear(peak=7e-3, warmup=4),
         momentum=0.85,
+        iterations=3,
+        polynomials=PolarExpress(lower=0.02),
         others=AdamW(lr=Linear(peak=4e-2, warmup=4), b1=0.9, b2=0.98),
     ),
     mesh=fsdp(),
