@@ -47,6 +47,18 @@ TEST_SHARE = 0.08
 HELD_OUT = 0.06
 SMALL = ("--model.layers=4", "--model.embed=128", "--model.heads=4", "--model.mlp=512")
 MIDDLE = ("--model.layers=4", "--model.embed=224", "--model.heads=4", "--model.mlp=896")
+# Of ten times the tokens: larger batches, lower rates.
+LONGER = (
+    "--batch=32",
+    "--steps=600",
+    "--phases.0.step=515",
+    "--phases.0.batch=4",
+    "--optimizer.momentum=0.9",
+    "--optimizer.lr.peak=6e-3",
+    "--optimizer.lr.warmup=10",
+    "--optimizer.others.lr.peak=1.5e-2",
+    "--optimizer.others.lr.warmup=10",
+)
 SECONDS_AND_DOLLARS = ("step_seconds", "seconds_but_compiling", "seconds", "usd")
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 
@@ -63,7 +75,7 @@ class Track:
 TRACKS = {
     "code-1M": Track("code", (*SMALL, "--steps=122"), SMALL),
     "books-1M": Track("books", (*SMALL, "--steps=122"), SMALL),
-    "code-3M": Track("code", (*MIDDLE, "--steps=1220"), MIDDLE),
+    "code-3M": Track("code", (*MIDDLE, "--steps=1220"), (*MIDDLE, *LONGER)),
 }
 
 
