@@ -1,4 +1,4 @@
-"""A small model of Python code, trained from nothing in minutes on two CPU cores, the cheapest way known here.
+"""A small model of Python code, trained from nothing in minutes on two CPU cores, the cheapest way known.
 
     make quickstart
 
@@ -6,14 +6,15 @@ or, once `make quickstart` has built its tokenizer and token store:
 
     mosaicjax train recipes/quickstart.py --steps 50 --out runs/trial
 
-Expect, on Python 3.11's standard library: 1,500 steps x 32 rows x 32 tokens (2 rows of 512 for the last 250) =
-1.5M tokens, a held-out loss of 3.35 nats a token or 1.49 bits a byte (`gzip -9`: 2.04, `xz`: 1.89), in five
+Expect, on Python 3.11's standard library: 1,500 steps x 32 rows x 32 tokens (2 rows of 512 for the last 250)
+= 1.5M tokens, a held-out loss of 3.35 nats a token or 1.49 bits a byte (`gzip -9`: 2.04, `xz`: 1.89), in five
 and a half minutes on one core with AVX2 for $0.0092 at the price assumed below. It has 6.0M parameters, of
 which 4.2M are the table of pairs: a token looks up one row.
 
 What makes it cheap is the speedrun's (`recipes/speedrun/best.py`, `benchmarks/speedrun.py`): Muon, short rows
-first, hashed pairs of tokens, ReLU squared, queries and keys normed, outputs that start at zero. Before it, the
-quickstart was a plain MPT of 4.2M parameters with AdamW, 655k tokens in about the same time: 2.00 bits a byte.
+first, hashed pairs of tokens, ReLU squared, queries and keys normed, outputs that start at zero. Before it,
+the quickstart was a plain MPT of 4.2M parameters with AdamW, 655k tokens in about the same time: 2.00 bits a
+byte.
 
 Source: rates, batch and lengths come from some ten trials on the held-out files, not from a search.
 """
