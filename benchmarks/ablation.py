@@ -33,7 +33,7 @@ from benchmarks import speedrun  # noqa: E402 after the path, for a call as a sc
 from benchmarks.machine import machine, spread  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "ablation.json"
-LENGTHS = (0.6, 0.8, 1.0, 1.25, 1.6)
+LENGTHS = (0.5, 1.0, 1.8)
 BEST_WITHOUT = {
     "Muon (AdamW at its rate instead)": "optimizer=replace(recipe.optimizer.others, lr=recipe.optimizer.lr)",
     "QK norm": "model=replace(recipe.model, qk_norm=None)",
