@@ -47,8 +47,9 @@ TEST_SHARE = 0.08
 HELD_OUT = 0.06
 SMALL = ("--model.layers=4", "--model.embed=128", "--model.heads=4", "--model.mlp=512")
 MIDDLE = ("--model.layers=4", "--model.embed=224", "--model.heads=4", "--model.mlp=896")
-# Of ten times the tokens: larger batches, lower rates.
+# Of ten times the tokens: larger batches, lower rates; and a table of pairs that leaves it below 10M parameters.
 LONGER = (
+    "--model.inputs.0.buckets=16384",
     "--batch=32",
     "--steps=600",
     "--phases.0.step=515",
