@@ -47,7 +47,7 @@ TEST_SHARE = 0.08
 HELD_OUT = 0.06
 SMALL = ("--model.layers=4", "--model.embed=128", "--model.heads=4", "--model.mlp=512")
 MIDDLE = ("--model.layers=4", "--model.embed=224", "--model.heads=4", "--model.mlp=896")
-# Of ten times the tokens: larger batches, lower rates; and a table of pairs that leaves it below 10M parameters.
+# Of ten times the tokens: larger batches, lower rates; and a table of pairs that leaves it below 10M weights.
 LONGER = (
     "--model.inputs.0.buckets=16384",
     "--batch=32",

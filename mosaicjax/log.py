@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 """The name of the file of rows within a run directory."""
 
+RUN_JSON = "run.json"
+"""The name of the file of command, versions, devices and seed within a run directory."""
+
 TENSORBOARD = "tensorboard"
 """The name of the directory of TensorBoard's event files within a run directory."""
 

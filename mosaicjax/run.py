@@ -21,7 +21,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, find_chip
 from mosaicjax.hub import start
 from mosaicjax.hub.model_dir import MODEL_JSON
-from mosaicjax.log import BEFORE_FIRST_STEP, METRICS, read_rows
+from mosaicjax.log import BEFORE_FIRST_STEP, METRICS, RUN_JSON, read_rows
 from mosaicjax.models import flops
 from mosaicjax.models.model import Model
 from mosaicjax.recipe import Recipe
@@ -31,7 +31,6 @@ from mosaicjax.spec import split
 from mosaicjax.step import Step, TrainState
 
 TOKENIZER = "tokenizer"
-RUN_JSON = "run.json"
 PACKAGES = (
     "jax",
     "jaxlib",

@@ -77,7 +77,7 @@ def test_work_is_counted_by_phase():
 
 
 def test_a_table_by_hand():
-    """2.4 lies half-way between the base's losses at 1 and 1.8 times its tokens: at the square root of 1.8."""
+    """2.4 is half-way from the base's loss to that at 1.8 times its tokens: at the square root of 1.8."""
     factors = dict(zip(ablation.LENGTHS, (2.9, 2.5, 2.3), strict=True))
 
     def runs(*pairs):

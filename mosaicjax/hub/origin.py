@@ -15,13 +15,11 @@ from mosaicjax.hub import tokens
 from mosaicjax.hub.foreign_dir import open_model
 from mosaicjax.hub.model_dir import TOKENIZER_DIR, Imported, Kind, kind_of, read_imported
 from mosaicjax.hub.read import array_name
-from mosaicjax.log import METRICS, Row, read_rows
+from mosaicjax.log import METRICS, RUN_JSON, Row, read_rows
 from mosaicjax.models.family import Family
 from mosaicjax.recipe_file import Loaded
 from mosaicjax.report.summary import SUMMARY
 from mosaicjax.spec import DtypeName
-
-RUN_JSON = "run.json"
 
 USUAL_LENGTH = 2_048
 """Positions of a model whose `config.json` did not say: what Transformers takes for most families."""

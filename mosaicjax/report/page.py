@@ -12,14 +12,13 @@ from typing import Any
 
 from mosaicjax import recipe_file, storage
 from mosaicjax.errors import InputError
-from mosaicjax.log import Row, read_rows
+from mosaicjax.log import RUN_JSON, Row, read_rows
 from mosaicjax.models import flops
 from mosaicjax.recipe import Recipe
 from mosaicjax.report.chart import Chart, Line, smooth, svg
 from mosaicjax.report.curve import Points
 from mosaicjax.report.live import format_count, format_duration, format_usd
 from mosaicjax.report.summary import SUMMARY
-from mosaicjax.run import RUN_JSON
 
 SAMPLE = "sample.txt"
 MOST_RUNS = 8
@@ -41,6 +40,7 @@ figure { margin: 0; }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 13px; fill: var(--faint); }
+@media (max-width: 600px) { svg text { font-size: 18px; } }
 svg .y { text-anchor: end; dominant-baseline: middle; }
 svg .x { text-anchor: middle; }
 svg .grid { stroke: var(--rule); stroke-width: 1; }

@@ -16,9 +16,8 @@ from typing import Any
 
 from mosaicjax import recipe_file, storage
 from mosaicjax.errors import InputError
-from mosaicjax.log import METRICS, decode, read_rows
+from mosaicjax.log import METRICS, RUN_JSON, decode, read_rows
 from mosaicjax.report.summary import SUMMARY
-from mosaicjax.run import RUN_JSON
 from mosaicjax.stop_request import StopRequest
 from mosaicjax.sweep.grid import Cell
 
