@@ -51,8 +51,8 @@ MIDDLE = ("--model.layers=4", "--model.embed=224", "--model.heads=4", "--model.m
 LONGER = (
     "--model.inputs.0.buckets=16384",
     "--batch=32",
-    "--steps=600",
-    "--phases.0.step=515",
+    "--steps=650",
+    "--phases.0.step=560",
     "--phases.0.batch=4",
     "--optimizer.momentum=0.9",
     "--optimizer.lr.peak=6e-3",
@@ -76,7 +76,7 @@ class Track:
 TRACKS = {
     "code-1M": Track("code", (*SMALL, "--steps=122"), SMALL),
     "books-1M": Track("books", (*SMALL, "--steps=122"), SMALL),
-    "code-3M": Track("code", (*MIDDLE, "--steps=1220"), (*MIDDLE, *LONGER)),
+    "code-3M": Track("code", (*MIDDLE, "--steps=1220", "--optimizer.lr.peak=2e-3"), (*MIDDLE, *LONGER)),
 }
 
 

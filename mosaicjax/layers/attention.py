@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from mosaicjax.errors import InputError
 from mosaicjax.kernels.decode_attention import decode_attention
 from mosaicjax.kernels.flash_attention import Implementation, flash_attention
-from mosaicjax.layers.context import KV, Context, Held, Stored
+from mosaicjax.kernels.paged_attention import paged_attention
+from mosaicjax.layers.context import KV, Context, Held, Paged, Stored
 from mosaicjax.layers.inits import InitRule
 from mosaicjax.layers.linear import linear
 from mosaicjax.layers.norm import LayerNorm, Norm, spread
@@ -126,6 +127,8 @@ class Attention:
             k_BTKC = self.position.rotate(k_BTKC, held.positions_BT, context.lengths(held.segments_BT))
         if held.stored is not None and not late:
             mixed_BLHC = self.attend_one(q_BLHC[:, 0], held.stored, context, weights.get("sinks"))[:, None]
+        elif held.paged is not None and not late:
+            mixed_BLHC = self.attend_pages(q_BLHC, held.paged, context, weights.get("sinks"))
         else:
             mixed_BLHC = self.attend(q_BLHC, replace(held, k_BTKC=k_BTKC), context, weights.get("sinks"))
         out_BLD = linear(mixed_BLHC, weights["out"], 2)
@@ -243,6 +246,52 @@ class Attention:
         heads = P(shards.heads or None)
         numbers = (heads, heads, P(*shards.row), P())
         return shards.run(run, arrays, (queries, cache, cache, *numbers), queries)
+
+    def attend_pages(
+        self, q_BLHC: Array, paged: Paged, context: Context, sinks_H: Array | None = None
+    ) -> Array:
+        """The same over pages, [B, L, H, C]: each device has all rows, and of pages and queries its heads.
+
+        Raises:
+            InputError: see `attend`.
+        """
+        layout = context.layout
+
+        def run(
+            q_BLHC: Array,
+            k: Array,
+            v: Array,
+            slopes: Array | None,
+            sinks: Array | None,
+            tables_BM: Array,
+            positions_BL: Array,
+            layer: Array,
+        ) -> Array:
+            return paged_attention(
+                q_BLHC,
+                k,
+                v,
+                tables_BM,
+                positions_BL,
+                layer=layer,
+                scale=self.scale or q_BLHC.shape[-1] ** -0.5,
+                window=self.window,
+                softcap=self.softcap,
+                alibi_slopes=slopes,
+                sinks=sinks,
+            )
+
+        layer = jnp.asarray(paged.layer, jnp.int32)
+        slopes = self.position.slopes(q_BLHC.shape[2])
+        tables = (paged.tables_BM, paged.positions_BL, layer)
+        arrays = (q_BLHC, paged.k_NPKSC, paged.v_NPKSC, slopes, sinks_H, *tables)
+        if layout.mesh.size == 1 and not layout.manual:
+            return run(*arrays)
+        shards = _Shards.of(layout, q_BLHC.shape[2], paged.k_NPKSC.shape[2])
+        queries = P(None, None, shards.heads or None, None)
+        pages = P(None, None, shards.kv_heads or None, None, None)
+        heads = P(shards.heads or None)
+        return shards.run(run, arrays, (queries, pages, pages, heads, heads, P(), P(), P()), queries)
 
     def project(self, weights: dict[str, Any], x_BLD: Array, context: Context) -> tuple[Array, Array, Array]:
         """Queries, keys and values, biased, clipped and normed as the knobs say, not yet rotated."""

@@ -134,12 +134,27 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Paged:
+    """A layer's keys and values in pages, as `paged_attention` takes them; padding is at positions below 0.
+
+    Shapes: k and v [N, P, K, S, C] of all layers; tables int32 [B, M]; positions int32 [B, L]; `layer` an int
+    or int32 [].
+    """
+
+    k_NPKSC: Array
+    v_NPKSC: Array
+    tables_BM: Array
+    positions_BL: Array
+    layer: Array | int
+
+
+@dataclass(frozen=True)
 class Held:
     """Keys and values to attend to, with where they stand.
 
     `offset` is the place among the keys of the context's first token: place less place is position less
     position for any two tokens of a segment. `stored` is where the same lie, if the context has one token a
-    sequence and they can be read there.
+    sequence and they can be read there; `paged` is where they lie in pages.
 
     Shapes: k and v [B, T, K, C]; positions and segments [B or 1, T]; `offset` an int or int32 [B].
     """
@@ -150,6 +165,7 @@ class Held:
     segments_BT: Array | None
     offset: Array | int = 0
     stored: Stored | None = None
+    paged: Paged | None = None
 
 
 class KV(Protocol):
