@@ -87,7 +87,11 @@ def test_parts_that_read_tokens_before_and_windows(seed):
 
 
 @pytest.mark.parametrize(
-    "mesh", [Mesh(fsdp=(2,), tensor=2), pytest.param(Mesh(fsdp=(1,), tensor=4), marks=pytest.mark.slow)]
+    "mesh",
+    [
+        Mesh(fsdp=(2,), tensor=2),
+        pytest.param(Mesh(fsdp=(1,), tensor=4, rules={"kv_heads": "none"}), marks=pytest.mark.slow),
+    ],
 )
 def test_over_a_mesh(mesh):
     """Key heads lie apart on two devices; on four, query heads do, and all have both key heads."""
