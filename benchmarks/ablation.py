@@ -258,19 +258,23 @@ def main() -> int:
             recipe = written(edited(label, name), base, f"replace(recipe, {edit})")
             jobs[f"{label} {name}"] = (recipe, sizes[base])
     made = all_runs(jobs, options.seeds, folder, options.cores)
-    result = {
-        "track": options.track,
+    here = {
         "seeds": options.seeds,
-        "cores": "each run has one core, and as many run at a time",
+        "cores": f"{len(options.cores)}, one a run",
         "machine": machine(speedrun.PACKAGES),
-        "tables": {
-            label: table(BASES[label][0], BASES[label][1], sizes[BASES[label][0]], made, label)
-            for label in options.tables
-        },
     }
+    result: dict[str, Any] = {"track": options.track, "tables": {}}
+    for label in options.tables:
+        base, edits = BASES[label]
+        result["tables"][label] = here | table(base, edits, sizes[base], made, label)
     for label, each in result["tables"].items():
         print("\n".join(lines(label, each)))
-    Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    path = Path(options.json)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("track") == options.track:
+        # Tables that were not asked for stay; each says for itself where it was made.
+        result["tables"] = before["tables"] | result["tables"]
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
