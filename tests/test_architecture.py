@@ -52,8 +52,10 @@ FLOORS = {
     "plan": 7,
     "serve": 7,
     "sweep": 8,
-    "cli": 9,
+    "harness": 8,
+    "cli": 10,
     "cli_data": 8,
+    "cli_eval": 9,
 }
 
 OUTSIDE = ("tests", "recipes", "benchmarks")
@@ -63,6 +65,7 @@ LAZY = {
     "datasets",
     "deltalake",
     "jinja2",
+    "lm_eval",
     "matplotlib",
     "moto",
     "pyarrow",
@@ -71,6 +74,7 @@ LAZY = {
     "qwix",
     "sentencepiece",
     "tensorboardX",
+    "yaml",
 }
 
 
