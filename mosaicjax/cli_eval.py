@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mosaicjax.errors import InputError
+
+if TYPE_CHECKING:
+    from mosaicjax.harness.subject import Subject
 
 
 def add_eval(commands: Any, command_of: Callable[..., Any]) -> None:
@@ -16,6 +19,12 @@ def add_eval(commands: Any, command_of: Callable[..., Any]) -> None:
     command.add_argument("model", help="a run, an imported model, or a Hugging Face directory")
     command.add_argument(
         "--tasks", default="", metavar="A,B,...", help="names of lm-eval's tasks, or .yaml files of one's own"
+    )
+    command.add_argument(
+        "--gauntlet", default="", metavar="NAME|FILE", help="v0.3, or a .yaml file with llm-foundry's keys"
+    )
+    command.add_argument(
+        "--gauntlet-data", default="", metavar="DIR", help="its task files, as local_data of llm-foundry"
     )
     command.add_argument("--include", action="append", default=[], metavar="DIR", help="with more such files")
     command.add_argument(
@@ -36,14 +45,20 @@ def add_eval(commands: Any, command_of: Callable[..., Any]) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from mosaicjax.harness.subject import Settings, Subject
-    from mosaicjax.harness.tasks import Wanted, evaluate_tasks, table
-    from mosaicjax.mesh import REST, Mesh
-
-    if options.devices < 0:
-        raise InputError("--devices", expected="1 or more, or 0 (all here)", got=options.devices)
+    if bool(options.tasks) == bool(options.gauntlet):
+        raise InputError(
+            "eval", expected="one of --tasks and --gauntlet", got="both" if options.tasks else "none"
+        )
     say = partial(print, flush=True)
-    wanted = Wanted(
+    return _gauntlet(options, say) if options.gauntlet else _tasks(options, say)
+
+
+def _tasks(options: argparse.Namespace, say: Callable[[str], None]) -> int:
+    from mosaicjax.harness import tasks
+
+    if options.gauntlet_data:
+        raise InputError("--gauntlet-data", expected="--gauntlet with it", got="--tasks")
+    wanted = tasks.Wanted(
         names=tuple(options.tasks.split(",")),
         out=options.out,
         shots=options.num_fewshot,
@@ -52,9 +67,28 @@ def _eval(options: argparse.Namespace) -> int:
         include=tuple(options.include),
     )
     wanted.check()
-    settings = Settings(
-        options.batch, options.max_length, Mesh(fsdp=(options.devices if options.devices else REST,))
-    )
-    subject = Subject(options.model, settings)
-    say(table(evaluate_tasks(subject, wanted, say)))
+    say(tasks.table(tasks.evaluate_tasks(_subject(options), wanted, say)))
     return 0
+
+
+def _gauntlet(options: argparse.Namespace, say: Callable[[str], None]) -> int:
+    from mosaicjax.harness import gauntlet, gauntlet_run
+
+    for name, value in (("--num-fewshot", options.num_fewshot), ("--include", options.include or None)):
+        if value is not None:
+            raise InputError(name, expected="--tasks with it: a Gauntlet says this itself", got=value)
+    wanted = gauntlet_run.Wanted(out=options.out, limit=options.limit, seed=options.seed)
+    wanted.check()
+    loaded = gauntlet.load_gauntlet(options.gauntlet, options.gauntlet_data)
+    say(gauntlet_run.table(gauntlet_run.run_gauntlet(_subject(options), loaded, wanted, say)))
+    return 0
+
+
+def _subject(options: argparse.Namespace) -> Subject:
+    from mosaicjax.harness.subject import Settings, Subject
+    from mosaicjax.mesh import REST, Mesh
+
+    if options.devices < 0:
+        raise InputError("--devices", expected="1 or more, or 0 (all here)", got=options.devices)
+    mesh = Mesh(fsdp=(options.devices or REST,))
+    return Subject(options.model, Settings(options.batch, options.max_length, mesh))

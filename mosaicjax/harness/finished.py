@@ -44,9 +44,7 @@ class Finished:
                 f"{self.path(task)} holds no results of a task", got=error, fix="remove it"
             ) from error
         if not known:
-            raise InputError(
-                f"{self.path(task)} was written by another version", expected=f"format {FORMAT}"
-            )
+            raise InputError(f"{self.path(task)} was written by another version", expected=f"format {FORMAT}")
         now = json.loads(json.dumps(dict(settings)))
         for name in dict.fromkeys([*before, *now]):
             if before.get(name) != now.get(name):

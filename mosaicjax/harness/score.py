@@ -48,14 +48,17 @@ class _Row(NamedTuple):
     """What the model reads, how many of its last predictions count, and which requests end in which token."""
 
     inputs: tuple[int, ...]
-    count: int
+    scored: int
     body: tuple[int, ...]
     ends: tuple[int, ...]
     requests: tuple[int, ...]
 
 
 class Scorer:
-    """A model ready to score; each padded length is compiled once, whatever the continuations."""
+    """A model ready to score; each padded length is compiled once, whatever the continuations.
+
+    `lengths` are the padded ones so far.
+    """
 
     def __init__(
         self, model: Model, weights: Any, layout: Layout, dtypes: Dtypes, *, length: int, rows: int
@@ -70,13 +73,9 @@ class Scorer:
         model.check(length)
         self.model, self.weights, self.layout, self.dtypes = model, weights, layout, dtypes
         self.length, self.rows = length, rows
+        self.lengths: set[int] = set()
         self._sizes = lengths_up_to(length)
         self._run = jax.jit(self._scores)
-
-    @property
-    def compiled(self) -> int:
-        """How many shapes have been compiled so far."""
-        return int(self._run._cache_size())
 
     def score(self, requests: Sequence[Request], done: Callable[[int], None] | None = None) -> list[Score]:
         """Each request's score, in their order; `done(number)` hears how many were scored with each batch.
@@ -131,10 +130,11 @@ class Scorer:
                 some = tuple(numbers[first : first + ENDS])
                 ends = tuple(requests[number][1][-1] for number in some)
                 rows.append(_Row(inputs, count, body, ends, some))
-        return sorted(rows, key=lambda row: (-len(row.inputs), row.inputs, row.count))
+        return sorted(rows, key=lambda row: (-len(row.inputs), row.inputs, row.scored))
 
     def _batch(self, batch: Sequence[_Row]) -> tuple[Array, ...]:
         length = padded(len(batch[0].inputs), self._sizes)
+        self.lengths.add(length)
         tokens_BL = np.zeros((self.rows, length), np.int32)
         body_BL = np.zeros((self.rows, -(-length // CHUNK) * CHUNK), np.int32)
         lengths_B, counts_B = np.ones(self.rows, np.int32), np.ones(self.rows, np.int32)
@@ -143,7 +143,7 @@ class Scorer:
             tokens_BL[i, : len(row.inputs)] = row.inputs
             body_BL[i, : len(row.body)] = row.body
             ends_BK[i, : len(row.ends)] = row.ends
-            lengths_B[i], counts_B[i] = len(row.inputs), row.count
+            lengths_B[i], counts_B[i] = len(row.inputs), row.scored
         place = self.layout.sharding
         return tuple(
             jax.device_put(array, place(BATCH, *[None] * (array.ndim - 1)))
@@ -165,7 +165,9 @@ class Scorer:
         known when the program runs, so that no shape depends on it.
         """
         model = self.model
-        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None], tokens_BL.shape)
+        positions_BL = jnp.broadcast_to(
+            jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None], tokens_BL.shape
+        )
         segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
         context = Context(self.layout, self.dtypes, positions_BL, segments_BL, tokens_BL=tokens_BL)
         hidden_BLD = model.hidden(weights, model.embed(weights, tokens_BL, context), context).hidden_BLD
