@@ -14,6 +14,7 @@ from functools import partial
 from typing import NoReturn
 
 from mosaicjax.cli_data import add_data
+from mosaicjax.cli_eval import add_eval
 from mosaicjax.errors import Diverged, InputError
 
 STARTED = time.time()
@@ -60,6 +61,7 @@ def parser() -> Parser:
     _add_sweep(commands)
     _add_generate(commands)
     _add_evaluate(commands)
+    add_eval(commands, _command)
     _add_report(commands)
     _add_import(commands)
     _add_export(commands)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,26 @@ class TextStream:
         return rest
 
 
+class Taker(Protocol):
+    """What takes the tokens that are written behind one prompt; `finish` is None as long as it wants more."""
+
+    finish: Finish | None
+    tokens: list[int]
+
+    def add(self, token: int) -> None:
+        """Take the next one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a call is compiled for: rows, prompts padded to `length` tokens, caches of so many slots."""
+
+    rows: int
+    length: int
+    slots: int
+
+
 class _Writer:
     """One completion on its way."""
 
@@ -195,20 +215,13 @@ class Generator:
             _Writer(self.tokenizer, prompt, settings.stop, partial(on_text, i))
             for i, prompt in enumerate(prompts)
         ]
-        # The mesh splits rows evenly: rows that nobody reads fill it up, each a lone separator.
-        rows = ids + [[separator]] * (-len(ids) % self.layout.batch_shards)
-        slots = _up_to(max(map(len, ids)) + settings.max_tokens, CACHE_BUCKET)
-        tokens_BL, lengths_B = self._padded(rows)
-        choice = self._choice(settings, len(rows))
-        tokens_B, caches = self._first(self.weights, tokens_BL, lengths_B, choice, slots=slots)
-        for left in reversed(range(settings.max_tokens)):
-            drawn_B = tokens_B
-            if left:
-                # Under way before this step's tokens are read, so that the device does not wait for the host.
-                tokens_B, caches = self._next(self.weights, tokens_B, caches, choice)
-            self._take(np.asarray(drawn_B), writers)
-            if all(writer.finish for writer in writers):
-                break
+        longest = max(map(len, ids))
+        shape = Shape(
+            rows=_up_to(len(ids), self.layout.batch_shards),
+            length=_up_to(longest, PROMPT_BUCKET),
+            slots=_up_to(longest + settings.max_tokens, CACHE_BUCKET),
+        )
+        self.write(ids, settings, writers, shape, range(len(ids)))
         for writer in writers:
             if writer.finish is None:
                 writer.end("length")
@@ -217,7 +230,37 @@ class Generator:
             for writer, row in zip(writers, ids, strict=True)
         ]
 
-    def _take(self, tokens_B: np.ndarray, writers: Sequence[_Writer]) -> None:
+    def write(
+        self,
+        ids: Sequence[Sequence[int]],
+        settings: Sampling,
+        takers: Sequence[Taker],
+        shape: Shape,
+        numbers: Sequence[int],
+    ) -> None:
+        """Draw tokens behind prompts of ids until each taker has finished, `max_tokens` at most.
+
+        The prompts' `numbers` are what their randomness depends on, beside the seed and the position. A lone
+        separator, whose tokens nobody takes, fills each row left over.
+
+        Raises:
+            InputError: logits that are not finite.
+        """
+        assert 0 < len(ids) <= shape.rows and max(map(len, ids)) <= shape.length, shape
+        rows = [*ids, *[[self.tokenizer.separator]] * (shape.rows - len(ids))]
+        tokens_BL, lengths_B = self._padded(rows, shape.length)
+        choice = self._choice(settings, [*numbers, *[0] * (shape.rows - len(ids))])
+        tokens_B, caches = self._first(self.weights, tokens_BL, lengths_B, choice, slots=shape.slots)
+        for left in reversed(range(settings.max_tokens)):
+            drawn_B = tokens_B
+            if left:
+                # Under way before this step's tokens are read, so that the device does not wait for the host.
+                tokens_B, caches = self._next(self.weights, tokens_B, caches, choice)
+            self._take(np.asarray(drawn_B), takers)
+            if all(taker.finish for taker in takers):
+                break
+
+    def _take(self, tokens_B: np.ndarray, writers: Sequence[Taker]) -> None:
         for i, (writer, token) in enumerate(zip(writers, tokens_B.tolist(), strict=False)):
             if writer.finish is None:
                 if token == NOT_FINITE:
@@ -238,8 +281,7 @@ class Generator:
                 f"prompt {longest} of {len(ids[longest])} tokens with max_tokens {max_tokens}: {error}"
             ) from error
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-        length = _up_to(max(map(len, rows)), PROMPT_BUCKET)
+    def _padded(self, rows: Sequence[Sequence[int]], length: int) -> tuple[Array, Array]:
         tokens_BL = np.zeros((len(rows), length), np.int32)
         for i, row in enumerate(rows):
             tokens_BL[i, : len(row)] = row
@@ -247,9 +289,10 @@ class Generator:
         place = self.layout.sharding
         return jax.device_put(tokens_BL, place(BATCH, None)), jax.device_put(lengths_B, place(BATCH))
 
-    def _choice(self, settings: Sampling, rows: int) -> Choice:
+    def _choice(self, settings: Sampling, numbers: Sequence[int]) -> Choice:
+        rows = len(numbers)
         choice = Choice(
-            sequence_keys(settings.seed, range(rows)),
+            sequence_keys(settings.seed, numbers),
             jnp.full(rows, settings.temperature, jnp.float32),
             jnp.full(rows, min(settings.top_k, self.tokenizer.size), jnp.int32),
             jnp.full(rows, settings.top_p, jnp.float32),

@@ -53,8 +53,10 @@ FLOORS = {
     "plan": 7,
     "serve": 7,
     "sweep": 8,
-    "cli": 9,
+    "harness": 8,
+    "cli": 10,
     "cli_data": 8,
+    "cli_eval": 9,
 }
 
 OUTSIDE = ("tests", "recipes", "benchmarks")
@@ -64,6 +66,7 @@ LAZY = {
     "datasets",
     "deltalake",
     "jinja2",
+    "lm_eval",
     "matplotlib",
     "moto",
     "pyarrow",
@@ -72,6 +75,7 @@ LAZY = {
     "qwix",
     "sentencepiece",
     "tensorboardX",
+    "yaml",
 }
 
 
