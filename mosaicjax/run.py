@@ -20,6 +20,7 @@ from mosaicjax.checkpoint import Checkpoints, complete_steps
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, find_chip
 from mosaicjax.hub import start
+from mosaicjax.hub.base import Base, find_base, read_base, save_base
 from mosaicjax.hub.model_dir import MODEL_JSON
 from mosaicjax.log import BEFORE_FIRST_STEP, METRICS, read_rows
 from mosaicjax.models import flops
@@ -83,7 +84,10 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Ready:
-    """All that the loop needs, with nothing of it started; `decoders`, `steps` and FLOPs are by phase."""
+    """All that the loop needs, with nothing of it started; `decoders`, `steps` and FLOPs are by phase.
+
+    `base` says where the weights lie that adapters stand on; None where the run has all weights itself.
+    """
 
     loaded: Loaded
     out: str
@@ -93,6 +97,7 @@ class Ready:
     hardware: Hardware
     flops_per_token: tuple[flops.Flops, ...]
     cursor: Cursor
+    base: Base | None
 
     @property
     def recipe(self) -> Recipe:
@@ -150,14 +155,17 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         if latest >= 0:
             cursor = read_cursor(out, latest, data)
             data = replace(data, stream=data.stream.skipping({*recipe.skips, *cursor.rolled_back}))
-        elif recipe.init_from:
+        base = None
+        if saved.adapts(made[0]):
+            base = read_base(out) if latest >= 0 else find_base(recipe.init_from)
+        if latest < 0 and recipe.init_from:
             for line in start.check_start(recipe.init_from, recipe.model, each[0][0].spec()):
                 say(line)
         cursor = replace(cursor, skips=data.stream.skips, seconds=seconds_spent(out, cursor.seconds))
     decoders = tuple(decoder for decoder, _ in each)
     lengths = [phase.seq for phase in phases]
     counts = tuple(flops.per_token(*phase) for phase in zip(decoders, lengths, strict=True))
-    return Ready(loaded, out, data, decoders, made, hardware(recipe), counts, cursor)
+    return Ready(loaded, out, data, decoders, made, hardware(recipe), counts, cursor, base)
 
 
 def check_sums(recipe: Recipe) -> None:
@@ -244,10 +252,18 @@ def first_state(ready: Ready) -> tuple[TrainState, Any]:
     Raises:
         InputError: a checkpoint of other weights.
     """
-    step, recipe = ready.step, ready.recipe
+    step, recipe, base = ready.step, ready.recipe, ready.base
+    state: TrainState | None = None
+    frozen: Any = {}
     if ready.cursor.step:
         with Checkpoints(ready.out) as checkpoints:
-            return saved.parts(step, checkpoints.restore(ready.cursor.step, saved.abstract(step)))
+            held = checkpoints.restore(ready.cursor.step, saved.abstract(step))
+        state, frozen = saved.parts(step, held)
+    if base is not None:
+        frozen = start.weights(base.path, base.step, step.abstract_frozen())
+        return state or step.init(), frozen
+    if state is not None:
+        return state, frozen
     if recipe.init_from:
         weights = start.weights(recipe.init_from, start.NEWEST, saved.abstract_weights(step))
         trainable, frozen = split(weights, step.program.trainable, step.program.frozen)
@@ -263,6 +279,8 @@ def record(ready: Ready, program: str) -> None:
     if not processes.current().primary:
         return
     recipe_file.save(ready.out, ready.loaded)
+    if ready.base is not None:
+        save_base(ready.out, ready.base)
     for file in ready.data.tokenizer.files:
         storage.copy_file(str(file), storage.join(ready.out, TOKENIZER, Path(file).name))
     named = json.dumps({"eos_token": ready.data.stores[0].manifest.tokenizer.separator_token})
