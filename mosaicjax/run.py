@@ -21,6 +21,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, find_chip
 from mosaicjax.hub import start
 from mosaicjax.hub.base import Base, find_base, read_base, save_base
+from mosaicjax.hub.grow import Growth
 from mosaicjax.hub.model_dir import MODEL_JSON
 from mosaicjax.log import BEFORE_FIRST_STEP, METRICS, read_rows
 from mosaicjax.models import flops
@@ -28,7 +29,7 @@ from mosaicjax.models.model import Model
 from mosaicjax.recipe import Recipe
 from mosaicjax.recipe_file import Loaded
 from mosaicjax.run_data import Data, open_data
-from mosaicjax.spec import split
+from mosaicjax.spec import split, whole_spec
 from mosaicjax.step import Step, TrainState
 
 TOKENIZER = "tokenizer"
@@ -87,6 +88,7 @@ class Ready:
     """All that the loop needs, with nothing of it started; `decoders`, `steps` and FLOPs are by phase.
 
     `base` says where the weights lie that adapters stand on; None where the run has all weights itself.
+    `grows` says how tables of tokens become longer than those of `init_from`.
     """
 
     loaded: Loaded
@@ -98,6 +100,7 @@ class Ready:
     flops_per_token: tuple[flops.Flops, ...]
     cursor: Cursor
     base: Base | None
+    grows: Growth | None
 
     @property
     def recipe(self) -> Recipe:
@@ -155,17 +158,24 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         if latest >= 0:
             cursor = read_cursor(out, latest, data)
             data = replace(data, stream=data.stream.skipping({*recipe.skips, *cursor.rolled_back}))
-        base = None
+        base = grows = None
         if saved.adapts(made[0]):
             base = read_base(out) if latest >= 0 else find_base(recipe.init_from)
         if latest < 0 and recipe.init_from:
-            for line in start.check_start(recipe.init_from, recipe.model, each[0][0].spec()):
+            spec = each[0][0].spec()
+            grows = start.find_growth(recipe.init_from, spec, data.tokenizer)
+            if grows and base is not None:
+                raise InputError(
+                    f"LoRA with tokens new to {recipe.init_from}, whose rows would stay as they begin",
+                    fix="train all weights, or a first run of these tokens that it begins from",
+                )
+            for line in start.check_start(recipe.init_from, recipe.model, spec, grows):
                 say(line)
         cursor = replace(cursor, skips=data.stream.skips, seconds=seconds_spent(out, cursor.seconds))
     decoders = tuple(decoder for decoder, _ in each)
     lengths = [phase.seq for phase in phases]
     counts = tuple(flops.per_token(*phase) for phase in zip(decoders, lengths, strict=True))
-    return Ready(loaded, out, data, decoders, made, hardware(recipe), counts, cursor, base)
+    return Ready(loaded, out, data, decoders, made, hardware(recipe), counts, cursor, base, grows)
 
 
 def check_sums(recipe: Recipe) -> None:
@@ -265,7 +275,8 @@ def first_state(ready: Ready) -> tuple[TrainState, Any]:
     if state is not None:
         return state, frozen
     if recipe.init_from:
-        weights = start.weights(recipe.init_from, start.NEWEST, saved.abstract_weights(step))
+        spec = whole_spec(step.program.trainable, step.program.frozen)
+        weights = start.begin(recipe.init_from, spec, ready.grows, saved.abstract_weights(step), recipe.seed)
         trainable, frozen = split(weights, step.program.trainable, step.program.frozen)
         return step.start(trainable), frozen
     return step.init(), step.init_frozen()

@@ -21,6 +21,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.hub import peft, tokens
 from mosaicjax.hub.base import ADAPTERS, Base, find_base, read_base
 from mosaicjax.hub.foreign_dir import is_foreign, open_model, read_configs
+from mosaicjax.hub.grow import VOCAB, Growth, grown, growth, shapes_before
 from mosaicjax.hub.model_dir import (
     MODEL_JSON,
     TOKENIZER_DIR,
@@ -42,14 +43,50 @@ NEWEST = -1
 _SHOWN = 3
 
 
-def check_start(path: str, model: Family, spec: Spec) -> Iterator[str]:
+def find_growth(path: str, spec: Spec, new: Tokenizer) -> Growth | None:
+    """How the tables of a model's directory grow for the tokens of the data; None where they stay.
+
+    Raises:
+        InputError: no model there, or new tokens in another tokenizer than its own with tokens added.
+    """
+    return growth(_shapes(path, NEWEST), spec, tokenizer(path) if _has_tokenizer(path) else None, new)
+
+
+def _has_tokenizer(path: str) -> bool:
+    match kind_of(path):
+        case Kind.RUN:
+            return bool(tokens.files_of(storage.join(path, TOKENIZER_DIR)))
+        case Kind.IMPORTED:
+            return read_imported(path).around is not None
+        case Kind.FOREIGN:
+            return bool(tokens.files_of(path))
+        case Kind.ADAPTER:
+            return _has_tokenizer(peft.base_of(path))
+
+
+def begin(path: str, spec: Spec, grows: Growth | None, abstract: Any, seed: int) -> Any:
+    """The weights that a run begins with: those of `weights`, with rows for new tokens.
+
+    Raises:
+        InputError: as `weights`.
+    """
+    if grows is None:
+        return weights(path, NEWEST, abstract)
+    before = weights(path, NEWEST, shapes_before(spec, grows, abstract))
+    return grown(before, spec, grows, abstract, seed)
+
+
+def check_start(path: str, model: Family, spec: Spec, grows: Growth | None) -> Iterator[str]:
     """Refuse weights of other shapes than a recipe's model has; lines on knobs in which the two differ.
 
     Raises:
         InputError: no model there, or one of other weights.
     """
-    wanted = {name: param.shape(spec.dims) for name, param in spec.items()}
+    dims = {**spec.dims, VOCAB: grows.before} if grows else spec.dims
+    wanted = {name: param.shape(dims) for name, param in spec.items()}
     found = _shapes(path, NEWEST)
+    if grows:
+        yield str(grows)
     differing = [name for name in dict.fromkeys([*wanted, *found]) if wanted.get(name) != found.get(name)]
     if differing:
         shown = differing[:_SHOWN]
@@ -67,7 +104,7 @@ def check_start(path: str, model: Family, spec: Spec) -> Iterator[str]:
         return
     before, after = recipe_file.flat(theirs), recipe_file.flat(model)
     for name in dict.fromkeys([*before, *after]):
-        if before.get(name) != after.get(name):
+        if before.get(name) != after.get(name) and not (grows and name == VOCAB):
             yield f"init_from: model.{name} was {before.get(name)} and is {after.get(name)} in the recipe"
 
 
