@@ -125,7 +125,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", default="runs/quickstart", help="the run to start from")
     parser.add_argument("--repeats", type=int, default=3, help="seeds of each kind")
     parser.add_argument("--json", default=str(RESULT), help="where to write")
-    parser.add_argument("--options", nargs="*", default=[], help="of the recipe, as --options=--steps=20")
+    parser.add_argument(
+        "--option", action="append", default=[], dest="options", help="of the recipe, as --option=--steps=20"
+    )
     arguments = parser.parse_args(given)
     result = {"machine": machine(PACKAGES), **measure(arguments)}
     for kind, mine in result["kinds"].items():

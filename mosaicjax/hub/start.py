@@ -165,8 +165,8 @@ def tokenizer(path: storage.PathLike) -> Tokenizer:
     if is_foreign(path):
         config, generation = read_configs(path)
         return tokens.load(path, tokens.around(path, tokens.special_ids(config, generation)))
-    if kind_of(path) is Kind.ADAPTER:
-        return tokenizer(peft.base_of(path))
+    if peft.is_peft(path):
+        return tokenizer(peft.base_of(str(path)))
     return tokens.load(storage.join(path, TOKENIZER_DIR), None)
 
 

@@ -39,7 +39,8 @@ class LoRA(Method):
     averages of `Ema` and `Swa` and the checkpoints are of the adapters alone. So a run needs `init_from`, and
     goes on, is evaluated, exported and generated from only while the weights that it began with are there:
     it remembers which checkpoint they were. `export` adds the adapters to the weights, or with `--adapter`
-    writes them as PEFT reads them.
+    writes them as PEFT reads them. Weights and adapters rest in `dtypes.param`. Of compute the weights' own
+    gradients are saved, a third of their products; MFU still counts them.
 
     With `LowPrecision` the weights' products are rounded and the adapters' are not. `Ema` and `Swa` average a
     and b each by itself. It stands before `ScaleRates`, whose patterns then name `layer/0/attention/query/b`.
