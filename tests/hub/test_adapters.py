@@ -133,6 +133,18 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run, recipe, tmp_path):
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_two_processes_train_the_same(run, recipe, tmp_path):
+    job = tiny.launch_job("train", recipe, "--out", tmp_path / "job", "--model.mlp", 128)
+    for process in tiny.ended(job):
+        assert process.returncode == 0, process.stderr
+    np.testing.assert_allclose(tiny.losses(tmp_path / "job"), tiny.losses(run), rtol=1e-5)
+    assert (tmp_path / "job" / "base.json").read_bytes() == (run / "base.json").read_bytes()
+    ours, theirs = (tiny.arrays(path, STEPS) for path in (tmp_path / "job", run))
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
 def test_the_average_of_adapters_is_what_is_used(tiny_store, base, tmp_path):
     recipe = write_lora(tmp_path / "ema.py", tiny_store, base, f"({LORA}, Ema(decay=0.5))")
     tiny.train(recipe, tmp_path / "ema", "--model.mlp", 128, "--dtypes.compute", "bfloat16")
