@@ -180,6 +180,8 @@ def _add_export(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--out", required=True, help="the directory to make; s3:// and gs:// too")
     command.add_argument("--step", type=int, default=-1, help="of the checkpoint (default: the newest)")
     command.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file, as 500MB or 5GB")
+    command.add_argument("--adapter", action="store_true", help="a run's adapters alone, as PEFT reads them")
+    command.add_argument("--base", default="", metavar="MODEL", help="what PEFT is to put them beside")
     _add_dtype(command)
 
 
@@ -324,8 +326,13 @@ def _import(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     size = _bytes(options.shard_size)
-    from mosaicjax.hub import export_model
+    from mosaicjax.hub import export_adapter, export_model
 
+    if options.adapter:
+        export_adapter(options.model, options.out, base=options.base, step=options.step, say=print)
+        return 0
+    if options.base:
+        raise InputError("--base is of adapters", fix="--adapter")
     export_model(
         options.model, options.out, step=options.step, dtype=options.dtype, shard_bytes=size, say=print
     )

@@ -75,6 +75,10 @@ def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
     tokenizer.add_argument(
         "--special", action="append", default=[], metavar="TOKEN", help="a special token; may be repeated"
     )
+    adding = command_of(steps, "add-tokens", _data_add_tokens, "special tokens into a tokenizer that exists")
+    adding.add_argument("tokenizer", help="a tokenizer.json, GPT-2's files, or a folder with one of these")
+    adding.add_argument("--special", action="append", required=True, metavar="TOKEN", help="may be repeated")
+    adding.add_argument("--out", required=True, help="the folder to write tokenizer.json into")
     verify = command_of(steps, "verify", _data_verify, "compare a store's files with their checksums")
     verify.add_argument("store")
     copy = command_of(steps, "copy", _data_copy, "copy a store elsewhere, such as to s3:// or gs://")
@@ -85,6 +89,15 @@ def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
     inspect.add_argument("--split", default="train", help="or validation")
     inspect.add_argument("--documents", type=int, default=3, help="how many of each to show")
     inspect.add_argument("--picture", default="", metavar="FILE", help="the lengths, as a PNG")
+
+
+def _data_add_tokens(options: argparse.Namespace) -> int:
+    from mosaicjax.data.special_tokens import add_special_tokens
+
+    made = add_special_tokens(options.tokenizer, options.out, options.special)
+    named = ", ".join(f"{token} {made.special[token]}" for token in options.special)
+    print(f"{options.out}: {made.size:,} ids; {named}")
+    return 0
 
 
 def _data_build(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mosaicjax.adapters import RANK, Adapted, Adapter
 from mosaicjax.errors import InputError
 from mosaicjax.spec import Dtypes, Param, Spec
 
@@ -43,6 +44,7 @@ WEIGHT_RULES: Rules = {
     "length": "tensor",
     "position": "none",
     "experts": "none",
+    RANK: "none",
     "layers": "none",
     "sharded": "fsdp",
     "whole": "none",
@@ -318,12 +320,19 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 def gather_tree(weights: Any, params: Any, layout: Layout, dtypes: Dtypes) -> Any:
     """`gather` over a tree of weights, which may be wrapped each, and the tree of their declarations."""
-    return jax.tree.map(
-        lambda param, weight: jax.tree.map(lambda leaf: gather(leaf, param, layout, dtypes), weight),
-        params,
-        weights,
-        is_leaf=lambda leaf: isinstance(leaf, Param),
-    )
+
+    def whole(param: Param, weight: Any) -> Any:
+        if isinstance(weight, Adapted):
+            return Adapted(whole(param, weight.weight), beside(param, weight.adapter))
+        return jax.tree.map(lambda leaf: gather(leaf, param, layout, dtypes), weight)
+
+    def beside(param: Param, adapter: Adapter) -> Adapter:
+        into, out = param.axes[: adapter.summed], param.axes[adapter.summed :]
+        a = gather(adapter.a, replace(param, axes=(*into, RANK)), layout, dtypes)
+        b = gather(adapter.b, replace(param, axes=(RANK, *out)), layout, dtypes)
+        return replace(adapter, a=a, b=b)
+
+    return jax.tree.map(whole, params, weights, is_leaf=lambda leaf: isinstance(leaf, Param))
 
 
 def local_rows(layout: Layout, rows: int) -> list[int]:

@@ -13,9 +13,11 @@ from mosaicjax.hardware import Price
 from mosaicjax.kernels.flash_attention import Implementation
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
+from mosaicjax.methods.lora import LoRA
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.models.family import Family
 from mosaicjax.models.model import Model
+from mosaicjax.muon import Muon
 from mosaicjax.optim import AdamW, Optimizer
 from mosaicjax.program import DecoderLoss, Method, Phase, Program
 from mosaicjax.spec import Dtypes, Spec
@@ -145,6 +147,7 @@ class Recipe:
             raise InputError(
                 f"dtypes.{wide[0]} float64 needs 64 bits in jax", fix="JAX_ENABLE_X64=1 before the command"
             )
+        self._check_adapters()
         model = self.model.build()
         model.check(self.seq)
         self.loss.check(self.seq)
@@ -170,6 +173,26 @@ class Recipe:
                 raise InputError(
                     f"phase {number} of the recipe, from step {steps[number]} on: {error}"
                 ) from error
+
+    def _check_adapters(self) -> None:
+        """Refuse adapters without weights to stand on, or with an optimizer that cannot tell their matrices.
+
+        Raises:
+            InputError: with the field.
+        """
+        if not any(isinstance(method, LoRA) for method in self.methods):
+            return
+        if not self.init_from:
+            raise InputError(
+                "LoRA of weights drawn from the seed, which its run would not keep",
+                expected="init_from: a run, an imported model or a Hugging Face directory",
+            )
+        if isinstance(self.optimizer, Muon):
+            raise InputError(
+                "LoRA with Muon, which tells matrices by the axes of the model's own weights",
+                expected="another optimizer, such as AdamW",
+                got="Muon",
+            )
 
     def in_phase(self, number: int) -> Recipe:
         """The recipe as it is from the begin of a phase on, without phases; 0 is what it begins with."""

@@ -20,6 +20,8 @@ from mosaicjax.checkpoint import Checkpoints, complete_steps
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, find_chip
 from mosaicjax.hub import start
+from mosaicjax.hub.base import Base, find_base, read_base, save_base
+from mosaicjax.hub.grow import Growth
 from mosaicjax.hub.model_dir import MODEL_JSON
 from mosaicjax.log import BEFORE_FIRST_STEP, METRICS, RUN_JSON, read_rows
 from mosaicjax.models import flops
@@ -27,7 +29,7 @@ from mosaicjax.models.model import Model
 from mosaicjax.recipe import Recipe
 from mosaicjax.recipe_file import Loaded
 from mosaicjax.run_data import Data, open_data
-from mosaicjax.spec import split
+from mosaicjax.spec import split, whole_spec
 from mosaicjax.step import Step, TrainState
 
 TOKENIZER = "tokenizer"
@@ -82,7 +84,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Ready:
-    """All that the loop needs, with nothing of it started; `decoders`, `steps` and FLOPs are by phase."""
+    """All that the loop needs, with nothing of it started; `decoders`, `steps` and FLOPs are by phase.
+
+    `base` says where the weights lie that adapters stand on; None where the run has all weights itself.
+    `grows` says how tables of tokens become longer than those of `init_from`.
+    """
 
     loaded: Loaded
     out: str
@@ -92,6 +98,8 @@ class Ready:
     hardware: Hardware
     flops_per_token: tuple[flops.Flops, ...]
     cursor: Cursor
+    base: Base | None
+    grows: Growth | None
 
     @property
     def recipe(self) -> Recipe:
@@ -149,14 +157,24 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
         if latest >= 0:
             cursor = read_cursor(out, latest, data)
             data = replace(data, stream=data.stream.skipping({*recipe.skips, *cursor.rolled_back}))
-        elif recipe.init_from:
-            for line in start.check_start(recipe.init_from, recipe.model, each[0][0].spec()):
+        base = grows = None
+        if saved.adapts(made[0]):
+            base = read_base(out) if latest >= 0 else find_base(recipe.init_from)
+        if latest < 0 and recipe.init_from:
+            spec = each[0][0].spec()
+            grows = start.find_growth(recipe.init_from, spec, data.tokenizer)
+            if grows and base is not None:
+                raise InputError(
+                    f"LoRA with tokens new to {recipe.init_from}, whose rows would stay as they begin",
+                    fix="train all weights, or a first run of these tokens that it begins from",
+                )
+            for line in start.check_start(recipe.init_from, recipe.model, spec, grows):
                 say(line)
         cursor = replace(cursor, skips=data.stream.skips, seconds=seconds_spent(out, cursor.seconds))
     decoders = tuple(decoder for decoder, _ in each)
     lengths = [phase.seq for phase in phases]
     counts = tuple(flops.per_token(*phase) for phase in zip(decoders, lengths, strict=True))
-    return Ready(loaded, out, data, decoders, made, hardware(recipe), counts, cursor)
+    return Ready(loaded, out, data, decoders, made, hardware(recipe), counts, cursor, base, grows)
 
 
 def check_sums(recipe: Recipe) -> None:
@@ -243,12 +261,21 @@ def first_state(ready: Ready) -> tuple[TrainState, Any]:
     Raises:
         InputError: a checkpoint of other weights.
     """
-    step, recipe = ready.step, ready.recipe
+    step, recipe, base = ready.step, ready.recipe, ready.base
+    state: TrainState | None = None
+    frozen: Any = {}
     if ready.cursor.step:
         with Checkpoints(ready.out) as checkpoints:
-            return saved.parts(step, checkpoints.restore(ready.cursor.step, saved.abstract(step)))
+            held = checkpoints.restore(ready.cursor.step, saved.abstract(step))
+        state, frozen = saved.parts(step, held)
+    if base is not None:
+        frozen = start.weights(base.path, base.step, step.abstract_frozen())
+        return state or step.init(), frozen
+    if state is not None:
+        return state, frozen
     if recipe.init_from:
-        weights = start.weights(recipe.init_from, start.NEWEST, saved.abstract_weights(step))
+        spec = whole_spec(step.program.trainable, step.program.frozen)
+        weights = start.begin(recipe.init_from, spec, ready.grows, saved.abstract_weights(step), recipe.seed)
         trainable, frozen = split(weights, step.program.trainable, step.program.frozen)
         return step.start(trainable), frozen
     return step.init(), step.init_frozen()
@@ -262,6 +289,8 @@ def record(ready: Ready, program: str) -> None:
     if not processes.current().primary:
         return
     recipe_file.save(ready.out, ready.loaded)
+    if ready.base is not None:
+        save_base(ready.out, ready.base)
     for file in ready.data.tokenizer.files:
         storage.copy_file(str(file), storage.join(ready.out, TOKENIZER, Path(file).name))
     named = json.dumps({"eos_token": ready.data.stores[0].manifest.tokenizer.separator_token})

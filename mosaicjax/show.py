@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
+from mosaicjax.adapters import has_adapters
 from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.models import flops
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe
 from mosaicjax.report.live import format_count
 from mosaicjax.run_data import open_data
-from mosaicjax.spec import whole_spec
+from mosaicjax.spec import Spec, whole_spec
 from mosaicjax.step import Step
 
 GIB = 2**30
@@ -67,7 +68,8 @@ def weights_table(step: Step) -> Iterator[str]:
     program, layout = step.program, step.layout
     spec = whole_spec(program.trainable, program.frozen)
     rows = [("weight", "axes", "shape", "partition", "count")]
-    for name, param in spec.items():
+    adapters = program.trainable if has_adapters(program.trainable.tree) else Spec({}, {})
+    for name, param in (*spec.items(), *adapters.items()):
         shape = param.shape(spec.dims)
         axes = (("layers",) if param.layers else ()) + param.axes
         partition = ", ".join(_place(entry) for entry in layout.weight_partition(param))
@@ -77,7 +79,8 @@ def weights_table(step: Step) -> Iterator[str]:
         cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
         yield "  ".join([*cells, row[4].rjust(widths[4])])
     frozen = program.frozen.count()
-    yield f"{spec.count():,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
+    beside = f", and {adapters.count():,} in adapters beside them" if adapters.count() else ""
+    yield f"{spec.count():,} parameters" + (f", {frozen:,} of them frozen" if frozen else "") + beside
 
 
 def _place(entry: Any) -> str:

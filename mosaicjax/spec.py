@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mosaicjax.adapters import Adapted, is_adapter
 from mosaicjax.errors import InputError
 from mosaicjax.host_memory import own_pages
 
@@ -160,6 +161,12 @@ def path_name(path: tuple[Any, ...]) -> str:
     )
 
 
+def named_leaves(tree: Tree, is_leaf: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
+    """Name and value of every leaf of a tree, in its order."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+        yield path_name(path), leaf
+
+
 @dataclass(frozen=True)
 class Spec:
     """A tree of `Param` and the sizes of their axes: everything about a model's weights but their values."""
@@ -173,8 +180,7 @@ class Spec:
 
     def items(self) -> Iterator[tuple[str, Param]]:
         """Name and declaration of every weight, in tree order."""
-        for path, param in jax.tree_util.tree_flatten_with_path(self.tree, is_leaf=is_param)[0]:
-            yield path_name(path), param
+        yield from named_leaves(self.tree, is_param)
 
     def abstract(self, dtype: DtypeName, shardings: Tree) -> Tree:
         """`jax.ShapeDtypeStruct` of every weight, placed as `shardings` (a tree like this one)."""
@@ -262,7 +268,8 @@ def join(trainable: Tree, frozen: Tree) -> Tree:
     """All weights, out of trainable and frozen ones.
 
     Each of the trees has None where the other has the whole weight; of a stacked weight that is in both, the
-    first layers are the frozen ones. An empty `frozen` stands for none.
+    first layers are the frozen ones. Where the trainable tree has an adapter, the frozen weight comes with it
+    (`Adapted`). An empty `frozen` stands for none.
     """
     return _joined(trainable, frozen, _stacked_on) if frozen else trainable
 
@@ -286,7 +293,7 @@ def split(weights: Tree, trainable: Spec, frozen: Spec) -> tuple[Tree, Tree]:
 
 
 def _is_place(leaf: object) -> bool:
-    return leaf is None or is_param(leaf)
+    return leaf is None or is_param(leaf) or is_adapter(leaf)
 
 
 def _joined(trainable: Tree, frozen: Tree, both: Callable[[Any, Any], Any]) -> Tree:
@@ -298,12 +305,16 @@ def _joined(trainable: Tree, frozen: Tree, both: Callable[[Any, Any], Any]) -> T
     return jax.tree.map(one, trainable, frozen, is_leaf=_is_place)
 
 
-def _restacked(first: Param, rest: Param) -> Param:
+def _restacked(first: Param, rest: Any) -> Param:
+    if is_adapter(rest):
+        return first
     assert first.layers is not None and rest.layers is not None, "only stacked weights are in both"
     return replace(rest, layers=replace(first.layers, count=first.layers.count + rest.layers.count))
 
 
-def _stacked_on(first: Array, rest: Array) -> Array:
+def _stacked_on(first: Array, rest: Any) -> Any:
+    if is_adapter(rest):
+        return Adapted(first, rest)
     if isinstance(rest, jax.core.Tracer):
         return jnp.concatenate([first.astype(rest.dtype), rest])
     return jax.jit(_stacked_on, out_shardings=rest.sharding)(first, rest)

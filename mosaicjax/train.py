@@ -119,6 +119,8 @@ class Run:
             values = {"from_step": spike.number, "loss": spike.loss, "skipped": skipped}
             # Of the first step anew: a run that is killed before its next checkpoint writes it once more.
             self.log.write("rollback", self.number + 1, values, {})
+        if recipe.init_from and not self.number:
+            self.evaluate(WHOLE)
         if self.number >= recipe.steps and (row := self.logged("train")):
             self.last_loss = row["loss"]
         if self._temporaries is None:
@@ -272,6 +274,7 @@ class Run:
                     sizes,
                     program.phase.microbatch,
                     self.recipe.loss.chunk,
+                    saved.abstract_used(self.ready.step) if saved.adapts(self.ready.step) else None,
                 )
         began = time.perf_counter()
         try:

@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mosaicjax"
 
 FLOORS = {
+    "adapters": 0,
     "errors": 0,
     "storage": 0,
     "host_memory": 0,

@@ -175,6 +175,16 @@ PUBLISHED = {
 }
 
 
+# Fine-tuned from the weights of another recipe's model.
+STARTED_FROM = {
+    "instruct": "quickstart",
+    "dolly_gptj_6b": "gptj_6b",
+    "dolly_pythia_2_8b": "pythia_2_8b",
+    "mpt_7b_instruct": "mpt_7b",
+}
+PUBLISHED |= {name: dataclasses.replace(PUBLISHED[base], peer=None) for name, base in STARTED_FROM.items()}
+
+
 def recipe_of(name):
     return recipe_file.load(str(FOLDER / f"{name}.py")).recipe
 
@@ -201,7 +211,37 @@ def test_the_step_is_traced_at_full_size(name):
     assert [leaf.shape for leaf in jax.tree.leaves(state.trainable)] == shapes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "base"), STARTED_FROM.items())
+def test_fine_tuning_takes_the_weights_of_its_base(name, base):
+    shapes, theirs = (
+        {leaf: param.shape(spec.dims) for leaf, param in spec.items()}
+        for spec in (recipe_of(each).model.build().spec() for each in (name, base))
+    )
+    assert shapes == theirs
+    assert recipe_of(name).init_from
+
+
+# Published steps: an epoch of Alpaca's 52,002 rows without 1,000, 64 a step; two of Dolly's 15,011 without
+# 200 and of dolly_hhrlhf's 59,310, 48 a step. Rates of the first step, in the middle and at the end.
+PUBLISHED_STEPS = {
+    "dolly_gptj_6b": (51_002 / 64, (1e-5, 1e-5, 1e-5)),
+    "dolly_pythia_2_8b": (2 * 14_811 / 48, (1e-7, 5e-6, 5e-6)),
+    "mpt_7b_instruct": (2 * 59_310 / 48, (1e-7, 5e-6 * 0.51, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_STEPS)
+def test_fine_tuning_steps_and_rates_are_the_published_ones(name):
+    recipe, (steps, rates) = recipe_of(name), PUBLISHED_STEPS[name]
+    assert recipe.steps == pytest.approx(steps, abs=1)
+    rate = recipe.optimizer.lr.build(recipe.steps)
+    found = [float(rate(step)) for step in (0, recipe.steps // 2, recipe.steps - 1)]
+    assert found == pytest.approx(rates, rel=0.01, abs=1e-8)
+    source = (FOLDER / f"{name}.py").read_text()
+    assert f"{recipe.steps:,} steps x {recipe.batch:,} rows x {recipe.seq:,} tokens" in source
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STARTED_FROM])
 def test_tokens_are_the_published_ones(name):
     recipe = recipe_of(name)
     tokens = recipe.steps * recipe.batch * recipe.seq
@@ -292,7 +332,7 @@ def store(tmp_path_factory) -> Path:
 
 
 # Those that another of their family stands for here.
-STOOD_FOR = {"mpt_7b", "pythia_2_8b", "replit_code_3b"}
+STOOD_FOR = {"mpt_7b", "pythia_2_8b", "replit_code_3b", "mpt_7b_instruct", "dolly_gptj_6b", "instruct"}
 
 
 @pytest.mark.slow
@@ -307,6 +347,7 @@ def test_two_steps_of_a_narrow_and_shallow_one(name, store, tmp_path):
     """
     recipe, out = recipe_of(name), tmp_path / name
     options = ["--steps", 2, "--batch", 1, "--microbatch", 0, "--seq", min(recipe.seq, LONGEST)]
+    options += ["--init-from", ""] if name in STARTED_FROM else []
     options += ["--data.path", store, "--eval.every", 0, "--log.tensorboard", "False", *small(recipe.model)]
     done = subprocess.run(
         jobs.command("recipe_worker.py", FOLDER / f"{name}.py", out, *options),
@@ -319,10 +360,15 @@ def test_two_steps_of_a_narrow_and_shallow_one(name, store, tmp_path):
     changed = {change.name for change in recipe_file.changes(recipe, loaded)}
     allowed = {"steps", "batch", "microbatch", "data.path", "eval.every", "log.tensorboard"}
     allowed |= {f"model.{size}" for size in ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp")}
+    allowed |= {"init_from"} if name in STARTED_FROM else set()
     assert changed <= allowed | ({"seq"} if recipe.seq > LONGEST else set())
     rows = tiny.metrics(out)
     assert [row["step"] for row in rows] == [1, 2]
-    assert [row["tokens"] for row in rows] == [loaded.seq, 2 * loaded.seq]
+    if name in STARTED_FROM:
+        # Whole documents, which may leave room in a row.
+        assert 0.8 * loaded.seq < rows[0]["tokens"] <= loaded.seq
+    else:
+        assert [row["tokens"] for row in rows] == [loaded.seq, 2 * loaded.seq]
     uniform = math.log(recipe.model.vocab)
     assert uniform - 0.5 < rows[0]["loss"] < uniform + 2.0
     assert rows[1]["loss"] < rows[0]["loss"] + 0.5

@@ -1,10 +1,13 @@
 """What `show` says of a recipe, against numbers by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mosaicjax import recipe_file
 from mosaicjax.data.store import Store
+from mosaicjax.methods.lora import LoRA
 from mosaicjax.show import described, masked_text, memory, shard_bytes, weights_table
 from tests import tiny
 
@@ -35,6 +38,15 @@ def test_weights_axes_partition_and_counts(recipe):
     assert cells["norm/scale"][3:] == ["fsdp", "32"]
     assert lines[-1] == f"{COUNT:,} parameters"
     assert sum(int(cell[-1].replace(",", "")) for cell in cells.values()) == COUNT
+
+
+def test_adapters_stand_below_the_weights(recipe):
+    adapted = replace(recipe, methods=(LoRA(rank=4, targets=("*/mlp/up",)),), init_from="elsewhere")
+    lines = list(weights_table(described(adapted, 8)))
+    a, b = ([cell.strip() for cell in line.split("  ") if cell] for line in lines[-3:-1])
+    assert a == ["stacks/0/0/layer/mlp/up/a", "layers embed rank", "2x32x4", "-, fsdp, -", "256"]
+    assert b == ["stacks/0/0/layer/mlp/up/b", "layers rank mlp", "2x4x64", "-, -, tensor", "512"]
+    assert lines[-1] == f"{COUNT:,} parameters, {COUNT:,} of them frozen, and 768 in adapters beside them"
 
 
 def test_a_dim_over_several_mesh_axes(recipe):

@@ -85,7 +85,7 @@ class Chat:
                 f"the template {template} needs special tokens that the tokenizer lacks",
                 expected=" ".join(NEEDED[template]),
                 got=" ".join(sorted(tokenizer.special)),
-                fix=f"one of {', '.join(SHIPPED)}, or a tokenizer made with --special {lacking[0]}",
+                fix=f"one of {', '.join(SHIPPED)}, or `data add-tokens` with --special {lacking[0]}",
             )
         made = cls(
             template=_template_text(template, config),

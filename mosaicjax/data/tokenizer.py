@@ -128,6 +128,14 @@ def load_tokenizer(path: str | Path, *, separator: str = DETECT) -> Tokenizer:
     return _from_settings(_read_json(path), (path,), separator)
 
 
+def tokenizer_settings(files: Sequence[Path]) -> dict[str, Any]:
+    """A tokenizer's files, a `tokenizer.json` or GPT-2's pair, as the settings of a `tokenizer.json`.
+
+    Raises: InputError where they cannot be read.
+    """
+    return _read_json(files[0]) if len(files) == 1 else _gpt2_settings(*files)
+
+
 def train_tokenizer(
     sources: Sequence[str | Path],
     out: str | Path,

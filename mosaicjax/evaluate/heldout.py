@@ -71,9 +71,11 @@ class Evaluator:
         token_bytes: Any,
         rows: int,
         chunk: int = 0,
+        weights: Any = None,
     ) -> None:
         """Compile for the held-out rows' length, with the logits of `chunk` positions at a time (0: all).
 
+        `weights` are shapes and places of those that it is called with; None: the model's own on this layout.
         Nothing is read.
 
         Raises:
@@ -88,8 +90,9 @@ class Evaluator:
         self._loss = DecoderLoss(decoder, CrossEntropy(chunk=chunk), dtypes, packed=held_out.isolate)
         sizes = np.zeros(max(decoder.dims["vocab"], len(token_bytes)), np.int32)
         sizes[: len(token_bytes)] = token_bytes
-        spec = decoder.spec()
-        weights = spec.abstract(dtypes.param, shardings(spec, layout))
+        if weights is None:
+            spec = decoder.spec()
+            weights = spec.abstract(dtypes.param, shardings(spec, layout))
         batch = {
             name: jax.ShapeDtypeStruct((rows, held_out.seq), dtype, sharding=layout.sharding(BATCH, None))
             for name, dtype in self._arrays().items()

@@ -10,23 +10,25 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mosaicjax import storage
-from mosaicjax.checkpoint import About, Saved, read_about
+from mosaicjax.checkpoint import read_about
 from mosaicjax.errors import InputError
+from mosaicjax.hub.base import read_base
 from mosaicjax.hub.card import card
 from mosaicjax.hub.export_tokens import copy_tokenizer, write_tokenizer
 from mosaicjax.hub.foreign_dir import CONFIG, GENERATION, INDEX_SUFFIX, WEIGHTS
 from mosaicjax.hub.import_model import GIGA, Kept, peak_bytes
-from mosaicjax.hub.model_dir import TOKENIZER_DIR, newest_step
+from mosaicjax.hub.model_dir import TOKENIZER_DIR, Kind, kind_of, newest_step, read_imported
 from mosaicjax.hub.origin import Origin, origin_of
-from mosaicjax.hub.read import array_name
+from mosaicjax.hub.peft import write_adapters
 from mosaicjax.hub.safetensors_file import header_bytes, write_tensor
+from mosaicjax.hub.sources import Source, holds_adapters, read_adapters, source_of
 from mosaicjax.hub.start import NEWEST
 from mosaicjax.hub.stored import cast, copy_into, numpy_dtype
 from mosaicjax.models.names import Foreign, foreign_tensors
@@ -94,11 +96,11 @@ def export_model(
     config = origin.family.to_hf(origin.length)
     tensors = foreign_tensors(origin.family.decoder(), origin.family.names())
     kind = origin.dtype if dtype == "own" else dtype
-    saved = Saved(run, step)
-    _check_saved(run, about, tensors, saved)
+    source = source_of(run, step)
+    _check_saved(run, step, tensors, source)
     with _destination(out) as folder:
         shards = _shards(tensors, kind, shard_bytes)
-        _write_weights(saved, about.arrays, shards, kind, folder)
+        _write_weights(source, shards, kind, folder)
         _write_tokens(origin, folder, say)
         storage.write_text(storage.join(folder, _CARD), card(origin, kind))
         # Last: what has no configuration does not look like a model.
@@ -119,6 +121,51 @@ def export_model(
     return written
 
 
+def export_adapter(
+    run: str,
+    out: str,
+    *,
+    base: str = "",
+    step: int = NEWEST,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Export a run's adapters alone, as PEFT reads them, beside `base`: a model in Hugging Face's format.
+
+    Without `base` it is where the weights under the adapters came from in that format.
+
+    Raises:
+        InputError: a run without adapters, weights that never were in that format, a model that Transformers
+            lacks, or an `out` that holds something.
+    """
+    if storage.list_dir(out) or (storage.exists(out) and not _is_dir(out)):
+        raise InputError(f"{out} is there and not empty", fix="another --out, or remove it")
+    step = newest_step(run) if step == NEWEST else step
+    about = read_about(run, step)
+    if not holds_adapters(about):
+        raise InputError(f"{run} holds no adapters", expected="a run with the method LoRA")
+    origin = origin_of(run, about, step)
+    origin.family.to_hf(origin.length)
+    base = base or _foreign_base(read_base(run).path)
+    adapters = read_adapters(run, step, about)
+    with _destination(out) as folder:
+        count = write_adapters(origin.family, adapters, base, folder)
+    say(f"{run} into {out}: adapters of {count / 1e6:,.2f}M parameters, step {step}, for {base}")
+
+
+def _foreign_base(path: str) -> str:
+    """Where a model came from in Hugging Face's format."""
+    kind = kind_of(path)
+    if kind is Kind.FOREIGN:
+        return path if storage.is_remote(path) else os.path.abspath(path)
+    source = read_imported(path).source.get("path") if kind is Kind.IMPORTED else None
+    if source is None:
+        raise InputError(
+            f"the adapters stand on {path}, which is not in Hugging Face's format",
+            fix=f"mosaicjax export {path} --out HF_DIR, and --base HF_DIR",
+        )
+    return str(source)
+
+
 def _is_dir(path: str) -> bool:
     return storage.is_remote(path) or os.path.isdir(storage.local(path))
 
@@ -127,12 +174,12 @@ def _json(values: Any) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_saved(run: str, about: About, tensors: Sequence[Foreign], saved: Saved) -> None:
+def _check_saved(run: str, step: int, tensors: Sequence[Foreign], source: Source) -> None:
     """Refuse a checkpoint that lacks weights of the model, before anything is written."""
-    lacking = {array_name(piece.leaf) for foreign in tensors for piece in foreign.pieces} - set(about.arrays)
+    lacking = {piece.leaf for foreign in tensors for piece in foreign.pieces} - set(source.leaves)
     if lacking:
         raise InputError(
-            f"checkpoint {saved.step} of {run} lacks weights of its model", got=f"no {sorted(lacking)[0]}"
+            f"checkpoint {step} of {run} lacks weights of its model", got=f"no {sorted(lacking)[0]}"
         )
 
 
@@ -184,7 +231,7 @@ def _shards(tensors: Sequence[Foreign], dtype: DtypeName, shard_bytes: int) -> l
 
 
 def _write_weights(
-    saved: Saved, arrays: Collection[str], shards: Sequence[Sequence[Foreign]], dtype: DtypeName, folder: str
+    source: Source, shards: Sequence[Sequence[Foreign]], dtype: DtypeName, folder: str
 ) -> None:
     name, places, total = WEIGHTS[0], {}, 0
     stem, suffix = name.split(".")
@@ -197,7 +244,7 @@ def _write_weights(
             opened.write(header_bytes([(foreign.name, dtype, foreign.shape) for foreign in shard]))
             for foreign in shard:
                 array = memory[: math.prod(foreign.shape)].reshape(foreign.shape)
-                _fill(saved, arrays, foreign, array)
+                _fill(source, foreign, array)
                 write_tensor(opened, array)
                 places[foreign.name] = file
                 total += array.nbytes
@@ -206,8 +253,8 @@ def _write_weights(
         storage.write_text(storage.join(folder, name + INDEX_SUFFIX), _json(index))
 
 
-def _fill(saved: Saved, arrays: Collection[str], foreign: Foreign, array: np.ndarray) -> None:
-    """Put a foreign tensor together from blocks of saved arrays; one is read while another is copied."""
+def _fill(source: Source, foreign: Foreign, array: np.ndarray) -> None:
+    """Put a foreign tensor together from blocks of weights; one is read while another is copied."""
     blocks: list[tuple[np.ndarray, str, tuple[Any, ...]]] = []
     for piece in foreign.pieces:
         view = foreign.view(array, piece)
@@ -215,12 +262,12 @@ def _fill(saved: Saved, arrays: Collection[str], foreign: Foreign, array: np.nda
         rows = max(1, _BLOCK_BYTES // row_bytes)
         for first in range(0, view.shape[0], rows):
             place = slice(first, min(first + rows, view.shape[0]))
-            blocks.append((view[place], array_name(piece.leaf, arrays), (*piece.index, place)))
-    reads = (saved.read(name, place) for _, name, place in blocks)
+            blocks.append((view[place], piece.leaf, (*piece.index, place)))
+    reads = (source.read(leaf, place) for _, leaf, place in blocks)
     ahead = deque(itertools.islice(reads, 2))
-    for target, name, _ in blocks:
+    for target, leaf, _ in blocks:
         block = ahead.popleft()()
-        copy_into(target, cast(block, array.dtype, f"tensor {foreign.name} ({name})"))
+        copy_into(target, cast(block, array.dtype, f"tensor {foreign.name} ({leaf})"))
         ahead.extend(itertools.islice(reads, 1))
 
 

@@ -12,9 +12,11 @@ from typing import Any
 from mosaicjax import recipe_file, storage
 from mosaicjax.checkpoint import complete_steps
 from mosaicjax.errors import InputError
+from mosaicjax.hub import peft
 from mosaicjax.hub.foreign_dir import is_foreign, open_model, read_object
 from mosaicjax.hub.tokens import Around
 from mosaicjax.models.family import Family
+from mosaicjax.recipe import Recipe
 from mosaicjax.spec import DtypeName
 
 MODEL_JSON = "model.json"
@@ -28,6 +30,7 @@ class Kind(Enum):
     RUN = "a run"
     IMPORTED = "an imported model"
     FOREIGN = "a model in Hugging Face's format"
+    ADAPTER = "an adapter in PEFT's format"
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,12 @@ def kind_of(path: storage.PathLike) -> Kind:
         return Kind.IMPORTED
     if is_foreign(path):
         return Kind.FOREIGN
+    if peft.is_peft(path):
+        return Kind.ADAPTER
     raise InputError(
         f"{path} holds no model",
         expected=f"a run ({recipe_file.RECIPE_JSON}), an imported model ({MODEL_JSON}) or a Hugging Face"
-        " directory (config.json)",
+        f" directory (config.json, or {peft.CONFIG})",
     )
 
 
@@ -124,16 +129,27 @@ def saved_model(path: str) -> Family:
     """
     match kind_of(path):
         case Kind.RUN:
-            mine = sys.modules.get(recipe_file.MODULE)
-            try:
-                return recipe_file.from_run(path).recipe.last.model
-            finally:
-                if mine is not None:
-                    sys.modules[recipe_file.MODULE] = mine
+            return saved_recipe(path).last.model
         case Kind.IMPORTED:
             return read_imported(path).model
         case Kind.FOREIGN:
             return open_model(path).family
+        case Kind.ADAPTER:
+            return saved_model(peft.base_of(path))
+
+
+def saved_recipe(path: str) -> Recipe:
+    """The recipe of a run; the one that is being read stays the one whose classes are found by name.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    mine = sys.modules.get(recipe_file.MODULE)
+    try:
+        return recipe_file.from_run(path).recipe
+    finally:
+        if mine is not None:
+            sys.modules[recipe_file.MODULE] = mine
 
 
 def newest_step(path: storage.PathLike) -> int:

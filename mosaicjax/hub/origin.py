@@ -11,7 +11,7 @@ from mosaicjax import recipe_file, storage
 from mosaicjax.checkpoint import About
 from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.errors import InputError
-from mosaicjax.hub import tokens
+from mosaicjax.hub import peft, tokens
 from mosaicjax.hub.foreign_dir import open_model
 from mosaicjax.hub.model_dir import TOKENIZER_DIR, Imported, Kind, kind_of, read_imported
 from mosaicjax.hub.read import array_name
@@ -61,7 +61,7 @@ def origin_of(path: str, about: About, step: int) -> Origin:
         InputError: it is no run or imported model of ours, or parts of it are missing.
     """
     kind = kind_of(path)
-    if kind is Kind.FOREIGN:
+    if kind in (Kind.FOREIGN, Kind.ADAPTER):
         raise InputError(f"{path} is in Hugging Face's format already", expected="a run or an imported model")
     dtypes = {info.dtype for name, info in about.arrays.items() if name.startswith(array_name(""))}
     dtype: Any = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -70,6 +70,8 @@ def origin_of(path: str, about: About, step: int) -> Origin:
         length = imported.length or USUAL_LENGTH
         return Origin(path, step, imported.model, dtype, length, imported.special, imported)
     loaded = recipe_file.from_run(path)
+    if not dtypes:
+        dtype = loaded.recipe.dtypes.param
     tokenizer = tokens.load(storage.join(path, TOKENIZER_DIR), None)
     special = dict.fromkeys(tokens.IDS[:2], tokenizer.separator) | {tokens.IDS[2]: None}
     return Origin(
@@ -91,6 +93,8 @@ def _length_before(start: str) -> int:
         kind = kind_of(start) if start else Kind.RUN
         if kind is Kind.RUN:
             return recipe_file.from_run(start).recipe.longest if start else 0
+        if kind is Kind.ADAPTER:
+            return _length_before(peft.base_of(start))
         return read_imported(start).length if kind is Kind.IMPORTED else open_model(start).length
     except InputError:
         return 0

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from mosaicjax.adapters import Adapted
 from mosaicjax.kernels.grouped import PRODUCT
 
 
@@ -61,11 +63,16 @@ class Multiplied:
     product: Product
 
 
-def linear(x: Array, weight: Array | Multiplied, summed: int = 1) -> Array:
-    """Sum over the last `summed` dims of x and the first of the weight.
+def linear(x: Array, weight: Array | Multiplied | Adapted, summed: int = 1) -> Array:
+    """Sum over the last `summed` dims of x and the first of the weight, and of its adapter if it has one.
 
     Shapes: x [..., *in], weight [*in, *out]; the result is [..., *out].
     """
+    if isinstance(weight, Adapted):
+        adapter = weight.adapter
+        assert adapter.summed == summed, "an adapter is declared as its weight is used"
+        added = linear(linear(x, adapter.a, summed), adapter.b)
+        return linear(x, weight.weight, summed) + added * jnp.asarray(adapter.scale, added.dtype)
     if isinstance(weight, Multiplied):
         return _linear(x, weight.array, summed, weight.product, x.dtype.name)
     return _linear(x, weight, summed, PLAIN, x.dtype.name)

@@ -38,6 +38,12 @@ class FreezeLayers(Method):
 
     def __call__(self, program: Program) -> Program:
         """See `Method`."""
+        if "LoRA" in program.applied:
+            raise InputError(
+                "LoRA freezes all weights, and FreezeLayers would freeze some of them once more",
+                expected="LoRA or FreezeLayers",
+                got=" then ".join((*program.applied, "FreezeLayers")),
+            )
         if "ScaleRates" in program.applied:
             raise InputError(
                 "FreezeLayers after ScaleRates, whose patterns would be of weights that are not trained",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mosaicjax.adapters import Adapted
 from mosaicjax.errors import InputError
 from mosaicjax.layers.context import Context
 from mosaicjax.layers.linear import PLAIN, Multiplied
@@ -217,8 +218,12 @@ class Quantised:
     def hidden(self, weights: Any, x: Array, context: Context, *, measure: bool = False) -> Output:
         """See `Model.hidden`."""
 
-        def marked(path: Any, _: Any, weight: Array) -> Array | Multiplied:
-            return Multiplied(weight, self.product) if path_name(path) in self.names else weight
+        def marked(path: Any, _: Any, weight: Any) -> Any:
+            if path_name(path) not in self.names:
+                return weight
+            if isinstance(weight, Adapted):
+                return replace(weight, weight=Multiplied(weight.weight, self.product))
+            return Multiplied(weight, self.product)
 
         tree = self.spec().tree
         weights = jax.tree_util.tree_map_with_path(marked, tree, weights, is_leaf=is_param)

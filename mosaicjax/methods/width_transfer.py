@@ -106,6 +106,12 @@ class WidthTransfer(Method):
         Raises:
             InputError: weights or an optimizer whose part in this is not known.
         """
+        if "LoRA" in program.applied:
+            raise InputError(
+                "WidthTransfer sets how weights start and learn, which LoRA neither draws nor trains",
+                expected="LoRA or WidthTransfer",
+                got=" then ".join((*program.applied, "WidthTransfer")),
+            )
         spec, base = program.trainable, self.base.dims()
         if all(spec.dims.get(axis, size) == size for axis, size in base.items()):
             return program.refine(self)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mosaicjax.layers.linear import linear
 from mosaicjax.losses import nll
 from mosaicjax.mesh import BATCH, Mesh, gather_tree
 from mosaicjax.optim import AdamW, Constant
@@ -68,7 +69,7 @@ class Loss:
         for n in range(LAYERS):
             mine = jax.tree.map(lambda leaf, n=n: leaf[n // 2], weights["stacks"][n % 2])
             whole = ready(mine, SPEC.tree["stacks"][n % 2])["layer"]
-            x_BLD = jnp.tanh(x_BLD * whole["gain"][None, None] @ whole["mix"])
+            x_BLD = jnp.tanh(linear(x_BLD * whole["gain"][None, None], whole["mix"]))
         x_BLD = x_BLD * ready(weights["norm"], SPEC.tree["norm"])[None, None]
         return nll(4.0 * x_BLD @ table_VD.T, batch["targets"])[0]
 
