@@ -21,6 +21,8 @@ from mosaicjax.report.live import format_count, format_duration, format_usd
 from mosaicjax.report.summary import SUMMARY
 
 SAMPLE = "sample.txt"
+EVAL = "eval"
+"""Where `mosaicjax eval RUN --out RUN/eval` leaves scores for the page."""
 MOST_RUNS = 8
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f00", "#666666")
 """Apart for all forms of colour vision but the last two. Source: Okabe and Ito 2008, jfly.uni-koeln.de."""
@@ -71,6 +73,7 @@ class Shown:
     surroundings: Mapping[str, Any]
     recipe: Recipe
     sample: str
+    scores: Mapping[str, str]
 
 
 def read(run: str, name: str) -> Shown:
@@ -94,7 +97,31 @@ def read(run: str, name: str) -> Shown:
         surroundings=json.loads(held(RUN_JSON) or "{}"),
         recipe=recipe,
         sample=held(SAMPLE),
+        scores=task_scores(held(f"{EVAL}/results.json"), held(f"{EVAL}/gauntlet.json")),
     )
+
+
+def task_scores(results: str, gauntlet: str) -> dict[str, str]:
+    """Scores by task and metric, of lm-eval's results and the Gauntlet's as `mosaicjax eval` keeps them.
+
+    A metric of lm-eval's stands with its standard error; of the Gauntlet what is partial is called so.
+    """
+    found: dict[str, str] = {}
+    for task, metrics in json.loads(results or "{}").get("results", {}).items():
+        for name, value in metrics.items():
+            metric, _, way = name.partition(",")
+            if way and not metric.endswith("_stderr") and isinstance(value, float):
+                error = metrics.get(f"{metric}_stderr,{way}")
+                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                found[f"{task}, {metric}" + (f" ({way})" if way != "none" else "")] = f"{value:.4f}{spread}"
+    whole = json.loads(gauntlet or "{}")
+    for kind in ("categories", "averages"):
+        for name, score in whole.get(kind, {}).items():
+            if score["score"] is not None:
+                found[f"Gauntlet, {name}"] = f"{score['score']:.4f}"
+            else:
+                found[f"Gauntlet, {name}"] = f"partial: {len(score['missing'])} missing"
+    return found
 
 
 def flops_of(recipe: Recipe, steps: Sequence[int]) -> list[float]:
@@ -149,6 +176,8 @@ def page(shown: Sequence[Shown], title: str) -> str:
         charts(speeds(shown)),
         "<h2>Held-out text</h2>",
         held_out(shown),
+        "<h2>Tasks</h2>",
+        tasks(shown),
     ]
     if len(shown) > 1:
         body += ["<h2>What differs</h2>", differences(shown)]
@@ -315,6 +344,18 @@ def held_out(shown: Sequence[Shown]) -> str:
     if not rows:
         return '<p class="empty">Nothing was evaluated yet.</p>'
     return table(["run", "text", "step", "loss", "perplexity", "bits a byte"], rows)
+
+
+def tasks(shown: Sequence[Shown]) -> str:
+    """A row each score that any run has, a column each run."""
+    names = list(dict.fromkeys(name for each in shown for name in each.scores))
+    if not names:
+        return f'<p class="empty">None: `mosaicjax eval RUN --out RUN/{EVAL}` leaves them here.</p>'
+    rows = [
+        [escape(name), *(f"<td class=number>{escape(each.scores.get(name, ''))}" for each in shown)]
+        for name in names
+    ]
+    return table(["task", *(each.name for each in shown)], rows)
 
 
 HELD_OUT = ("loss", "perplexity", "bits_per_byte")

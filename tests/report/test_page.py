@@ -165,6 +165,35 @@ def test_names_are_the_shortest_that_differ():
         names_of(["runs/a", "runs/a"])
 
 
+def test_scores_of_tasks_are_those_that_were_kept(tiny_run, other_run):
+    (other_run / "eval").mkdir()
+    results = {
+        "results": {
+            "easy": {"alias": "easy", "acc,none": 0.5, "acc_stderr,none": 0.0123, "exact,strict": 0.25},
+            "text": {"word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A"},
+        }
+    }
+    gauntlet = {
+        "categories": {"reading": {"score": 0.3333}, "maths": {"score": None, "missing": ["a", "b"]}},
+        "averages": {"all": {"score": None, "missing": ["maths"]}},
+    }
+    (other_run / "eval" / "results.json").write_text(json.dumps(results))
+    (other_run / "eval" / "gauntlet.json").write_text(json.dumps(gauntlet))
+    plain, other = read(str(tiny_run), "plain"), read(str(other_run), "other")
+    assert other.scores == {
+        "easy, acc": "0.5000 ± 0.0123",
+        "easy, exact (strict)": "0.2500",
+        "text, word_perplexity": "12.5000",
+        "Gauntlet, reading": "0.3333",
+        "Gauntlet, maths": "partial: 2 missing",
+        "Gauntlet, all": "partial: 1 missing",
+    }
+    text = page([plain, other], "both")
+    part = text[text.index("<h2>Tasks") : text.index("<h2>What differs")]
+    assert len(re.findall("<tr>", part)) == 1 + len(other.scores) and "0.5000 ± 0.0123" in part
+    assert "None: `mosaicjax eval" in page([plain], "one")
+
+
 def test_what_cannot_be_is_refused(tiny_run, tmp_path, capsys):
     shown = read(str(tiny_run), "tiny")
     with pytest.raises(InputError, match="runs of a report; expected 1 to 8; got 9"):
