@@ -51,7 +51,13 @@ class Plain:
         return x_grad, weight_grad
 
 
+@dataclass(frozen=True)
+class Unkept(Plain):
+    """Plain products that no remat policy keeps, since they are cheap to make again."""
+
+
 PLAIN = Plain()
+UNKEPT = Unkept()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("array",), meta_fields=("product",))
@@ -71,7 +77,7 @@ def linear(x: Array, weight: Array | Multiplied | Adapted, summed: int = 1) -> A
     if isinstance(weight, Adapted):
         adapter = weight.adapter
         assert adapter.summed == summed, "an adapter is declared as its weight is used"
-        added = linear(linear(x, adapter.a, summed), adapter.b)
+        added = _linear(linear(x, adapter.a, summed), adapter.b, 1, UNKEPT, x.dtype.name)
         return linear(x, weight.weight, summed) + added * jnp.asarray(adapter.scale, added.dtype)
     if isinstance(weight, Multiplied):
         return _linear(x, weight.array, summed, weight.product, x.dtype.name)
@@ -85,7 +91,8 @@ def _linear(x: Array, weight: Array, summed: int, product: Product, dtype: str) 
     flat = product.forward(
         x.reshape(math.prod(rows), math.prod(inner)), weight.reshape(math.prod(inner), math.prod(out))
     )
-    return checkpoint_name(flat.astype(dtype).reshape(*rows, *out), PRODUCT)
+    made = flat.astype(dtype).reshape(*rows, *out)
+    return made if isinstance(product, Unkept) else checkpoint_name(made, PRODUCT)
 
 
 def _forward(
