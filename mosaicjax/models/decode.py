@@ -146,15 +146,18 @@ class Choice:
 
     `temperature_B` 0 takes the likeliest token. Otherwise logits are divided by it; then the `top_k_B`
     likeliest are kept (0: all), then of those the fewest that together have a share of `top_p_B` or more
-    (1: all). What is exactly as likely as the last one kept is kept too.
+    (1: all). What is exactly as likely as the last one kept is kept too. Then those go that are less likely
+    than a share `min_p_B` of the likeliest one (0: none).
 
-    Shapes: `keys_B` random keys [B]; `temperature_B` and `top_p_B` float32 [B]; `top_k_B` int32 [B].
+    Shapes: `keys_B` random keys [B]; `temperature_B`, `top_p_B` and `min_p_B` float32 [B]; `top_k_B` int32
+    [B].
     """
 
     keys_B: Array
     temperature_B: Array
     top_k_B: Array
     top_p_B: Array
+    min_p_B: Array | None = None
 
 
 def sequence_keys(seed: int, indices: Sequence[int]) -> Array:
@@ -191,6 +194,9 @@ def _drawn(logits_BV: Array, positions_B: Array, choice: Choice) -> Array:
         lambda: _least_kept(scaled_BV, choice),
         lambda: jnp.full_like(choice.temperature_B, -jnp.inf),
     )
+
+    if choice.min_p_B is not None:
+        least_B = jnp.maximum(least_B, jnp.log(choice.min_p_B))
 
     def noise(key: Array, position: Array) -> Array:
         return jax.random.gumbel(jax.random.fold_in(key, position), scaled_BV.shape[1:], jnp.float32)

@@ -1,0 +1,504 @@
+"""Continuous batching: requests join and leave between steps, on pages that they share where they can.
+
+The engine is driven from one thread, a `turn` at a time: part of one prompt is read, then every row that
+writes gets a token. All programs have one shape each and are compiled by `warm_up`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mosaicjax.data.tokenizer import Tokenizer
+from mosaicjax.errors import InputError
+from mosaicjax.generate import TextStream
+from mosaicjax.mesh import Layout
+from mosaicjax.models import paged
+from mosaicjax.models.decode import NOT_FINITE, Choice
+from mosaicjax.models.decoder import Decoder
+from mosaicjax.serve.pages import NoRoom, Pages, Table
+from mosaicjax.serve.request import Wishes
+from mosaicjax.serve.sampler import Drawn, Penalties, counted, draw
+from mosaicjax.spec import Dtypes
+
+Finish = Literal["separator", "stop", "length", "cancelled", "broken"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is compiled, and how much is held: `rows` written and `chunk` tokens of a prompt read at once.
+
+    `pages` of `page` tokens hold the keys and values of all requests; one has at most `longest` tokens,
+    prompt and text together.
+    """
+
+    rows: int = 32
+    chunk: int = 128
+    page: int = 16
+    pages: int = 1_024
+    longest: int = 2_048
+
+    def check(self) -> None:
+        """Refuse sizes that mean nothing.
+
+        Raises:
+            InputError: with the size, expected and got.
+        """
+        for name in ("rows", "chunk", "page", "pages", "longest"):
+            if getattr(self, name) < 1:
+                raise InputError(f"serve's {name}", expected="1 or more", got=getattr(self, name))
+        if self.chunk % self.page:
+            raise InputError("serve's chunk", expected=f"a multiple of {self.page}, a page", got=self.chunk)
+        if self.table > self.pages:
+            raise InputError(
+                "serve's pages",
+                expected=f"{self.table} or more, for one request of {self.longest} tokens",
+                got=self.pages,
+            )
+
+    @property
+    def table(self) -> int:
+        """Pages that the longest request takes."""
+        return math.ceil(self.longest / self.page)
+
+
+class Told(NamedTuple):
+    """The log-probability of a token, and the likeliest tokens with theirs; ids."""
+
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of a request: text that may be shown, the tokens drawn for it, and at the end why it ended."""
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    told: tuple[Told, ...] = ()
+    finish: Finish | None = None
+
+
+Hear = Callable[[Piece], None]
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on its way; only the engine's thread changes it.
+
+    `number` is the order of arrival, `choice` which of several completions of one prompt this is: with the
+    seed and a token's position it is what randomness depends on. `read` of its tokens have keys in the cache;
+    `pending` was drawn last and has none yet.
+    """
+
+    number: int
+    prompt: tuple[int, ...]
+    wishes: Wishes
+    hear: Hear
+    stream: TextStream
+    choice: int = 0
+    written: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    cancelled: bool = False
+    table: Table | None = None
+    row: int | None = None
+    read: int = 0
+    pending: int | None = None
+    shared: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and text."""
+        return [*self.prompt, *self.written]
+
+
+@dataclass
+class Counts:
+    """What an engine has done since it began."""
+
+    requests: int = 0
+    finished: int = 0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    written_tokens: int = 0
+    turns: int = 0
+    put_back: int = 0
+
+
+class Engine:
+    """A model that serves many requests; see the module."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        weights: Any,
+        layout: Layout,
+        dtypes: Dtypes,
+        tokenizer: Tokenizer,
+        sizes: Sizes = Sizes(),
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Raises:
+            InputError: sizes that mean nothing, more tokens than the model has positions, or a tokenizer
+                with ids that the model lacks.
+        """
+        sizes.check()
+        decoder.check(sizes.longest)
+        if tokenizer.size > decoder.dims["vocab"]:
+            raise InputError(
+                "the tokenizer is larger than the model's vocabulary",
+                expected=f"at most {decoder.dims['vocab']} ids",
+                got=tokenizer.size,
+                fix="the tokenizer that the model was trained with",
+            )
+        self.sizes, self.tokenizer, self.counts = sizes, tokenizer, Counts()
+        self._weights, self._layout = weights, layout
+        self._pages = Pages(sizes.pages, sizes.page)
+        self._rows: list[Request | None] = [None] * sizes.rows
+        self._waiting: deque[Request] = deque()
+        self._numbers = itertools.count()
+        # What a call gives goes into the next one: in the same places from the first call on, or the program
+        # would be compiled twice.
+        whole = layout.sharding()
+        kept = layout.sharding(None, None, "kv_heads", None, None)
+        empty = paged.empty_pages(decoder, sizes.pages, sizes.page, layout, dtypes)
+        self._cache = jax.device_put(empty, kept)
+        self._penalties = jax.device_put(Penalties.none(sizes.rows, decoder.dims["vocab"]), whole)
+        self._bent: set[int] = set()
+        step = partial(paged.paged_step, decoder, layout=layout, dtypes=dtypes)
+        self._step: Any = jax.jit(
+            partial(_stepped, step, tokenizer.size),
+            donate_argnames=("pages", "penalties"),
+            out_shardings=(whole, kept, whole),
+        )
+        # As an object of its own: jax keeps the programs of one function together, whoever asked for them.
+        self._set_row: Any = jax.jit(partial(_row_set), donate_argnames="penalties", out_shardings=whole)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no row yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return sum(each is not None for each in self._rows)
+
+    @property
+    def pages(self) -> Pages:
+        """The pages' bookkeeping; not to be changed."""
+        return self._pages
+
+    @property
+    def idle(self) -> bool:
+        """Whether a turn would do nothing."""
+        return not self._waiting and not self.running
+
+    @property
+    def programs(self) -> int:
+        """How many programs were compiled."""
+        return int(self._step._cache_size() + self._set_row._cache_size())
+
+    def warm_up(self) -> None:
+        """Compile all programs: afterwards none is compiled."""
+        for length in (self.sizes.chunk, 1):
+            self._run([], length)
+        self._set_penalties(0, (), Wishes(), ())
+
+    def submit(self, prompt: Sequence[int], wishes: Wishes, hear: Hear, choice: int = 0) -> Request:
+        """Take a request of token ids; `hear` is called from `turn` with each piece of news.
+
+        `choice` tells several completions of one prompt apart.
+
+        Raises:
+            InputError: wishes that mean nothing, no token, one that the model lacks, or too many.
+        """
+        wishes.check(self.tokenizer.size)
+        most = self.sizes.longest - wishes.sampling.max_tokens
+        if not 1 <= len(prompt) <= most:
+            raise InputError(
+                "a prompt's tokens",
+                expected=f"1 to {most}, {self.sizes.longest} less max_tokens {wishes.sampling.max_tokens}",
+                got=len(prompt),
+            )
+        if not all(0 <= token < self.tokenizer.size for token in prompt):
+            raise InputError("a prompt's tokens", expected=f"ids below {self.tokenizer.size}")
+        stream = TextStream(wishes.sampling.stop)
+        request = Request(next(self._numbers), tuple(prompt), wishes, hear, stream, choice)
+        self.counts.requests += 1
+        self._waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request at the next turn; its pages and row are free then."""
+        request.cancelled = True
+
+    def turn(self) -> None:
+        """Read part of one prompt, and write one token of each row that has read its own."""
+        self.counts.turns += 1
+        self._drop_cancelled()
+        self._admit()
+        reading = [each for each in self._rows if each is not None and each.pending is None]
+        if reading:
+            self._read(min(reading, key=lambda each: each.number))
+        self._write()
+
+    def _drop_cancelled(self) -> None:
+        for request in [each for each in (*self._rows, *self._waiting) if each is not None]:
+            if request.cancelled and request.finish is None:
+                self._finish(request, "cancelled")
+
+    def _admit(self) -> None:
+        """Give rows and pages to those that have waited longest, in their order, as far as both go."""
+        while self._waiting and None in self._rows:
+            request = self._waiting[0]
+            tokens = request.tokens
+            # Those that write need a page more now and then: without any to spare they would be put back.
+            if self.running and self._pages.needed(len(tokens)) + self.running > self._pages.free:
+                return
+            try:
+                request.table = self._pages.begin(tokens)
+            except NoRoom:
+                return
+            self._waiting.popleft()
+            request.row = self._rows.index(None)
+            self._rows[request.row] = request
+            request.read = request.shared = request.table.shared
+            self.counts.prompt_tokens += len(tokens)
+            self.counts.shared_tokens += request.shared
+            # A row keeps what the one before it wished for.
+            if request.wishes.penalised or request.row in self._bent:
+                self._bent.add(request.row)
+                self._set_penalties(request.row, request.prompt, request.wishes, request.written)
+
+    def _read(self, request: Request) -> None:
+        """The next chunk of a prompt, up to a multiple of a chunk: cuts are always at the same places."""
+        assert request.table is not None and request.row is not None
+        tokens = request.table.tokens
+        end = min((request.read // self.sizes.chunk + 1) * self.sizes.chunk, len(tokens))
+        drawn = self._run([(request, tokens[request.read : end])], self.sizes.chunk)
+        request.read = end
+        self._pages.written(request.table, end)
+        if end == len(tokens):
+            self._take(request, drawn, 0)
+
+    def _write(self) -> None:
+        """A token more of each row that has one pending, whose keys are not in the cache yet."""
+        writing = [each for each in self._rows if each is not None and each.pending is not None]
+        for request in sorted(writing, key=lambda each: each.number):
+            if request.row is not None:
+                self._make_slot(request)
+        writing = [each for each in writing if each.row is not None and each.pending is not None]
+        if not writing:
+            return
+        drawn = self._run([(each, [each.pending]) for each in writing if each.pending is not None], 1)
+        for request in writing:
+            assert request.table is not None and request.row is not None
+            request.read += 1
+            self._pages.written(request.table, request.read)
+            self._take(request, drawn, request.row)
+
+    def _make_slot(self, request: Request) -> None:
+        """A slot for the pending token; the youngest requests wait again where no page is left."""
+        assert request.table is not None and request.pending is not None
+        while True:
+            try:
+                self._pages.add(request.table, request.pending)
+                return
+            except NoRoom:
+                youngest = max(
+                    (each for each in self._rows if each is not None), key=lambda each: each.number
+                )
+                self._put_back(youngest)
+                if youngest is request:
+                    return
+
+    def _put_back(self, request: Request) -> None:
+        """Take a request's pages and row: it waits again, as the first, and reads its own text again."""
+        self._release(request)
+        request.pending, request.read = None, 0
+        self._waiting.appendleft(request)
+        self.counts.put_back += 1
+
+    def _release(self, request: Request) -> None:
+        if request.table is not None:
+            self._pages.end(request.table)
+            request.table = None
+        if request.row is not None:
+            self._rows[request.row] = None
+            request.row = None
+
+    def _run(self, work: Sequence[tuple[Request, Sequence[int]]], length: int) -> Drawn:
+        """One call: of rows that write, each at its own place, or of one prompt's chunk."""
+        rows = self.sizes.rows if length == 1 else 1
+        tokens_BL = np.zeros((rows, length), np.int32)
+        first_B, lengths_B, before_B = (np.zeros(rows, np.int32) for _ in range(3))
+        tables_BM = np.zeros((rows, self.sizes.table), np.int32)
+        seeds_B2 = np.zeros((rows, 2), np.uint32)
+        numbers = np.zeros((rows, 3), np.float32)
+        numbers[:, 1] = 1.0
+        top_k_B, slots_B = np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32)
+        told_B, taken_B = np.zeros(rows, bool), np.zeros(rows, bool)
+        for request, tokens in work:
+            assert request.row is not None and request.table is not None
+            i = request.row if rows > 1 else 0
+            sampling = request.wishes.sampling
+            tokens_BL[i, : len(tokens)] = tokens
+            first_B[i], lengths_B[i] = request.read, len(tokens)
+            before_B[i] = request.table.tokens[request.read - 1] if request.read else 0
+            pages = request.table.numbers
+            tables_BM[i, : len(pages)] = pages
+            seeds_B2[i] = sampling.seed, request.choice
+            numbers[i] = sampling.temperature, sampling.top_p, request.wishes.min_p
+            top_k_B[i] = min(sampling.top_k, self.tokenizer.size)
+            told_B[i] = request.wishes.logprobs is not None
+            slots_B[i] = request.row
+            # Behind a part of a prompt a token is drawn too, that nobody takes.
+            taken_B[i] = request.read + len(tokens) == len(request.table.tokens)
+        drawn, self._cache, self._penalties = self._step(
+            self._weights,
+            tokens_BL=tokens_BL,
+            first_B=first_B,
+            lengths_B=lengths_B,
+            before_B=before_B,
+            tables_BM=tables_BM,
+            pages=self._cache,
+            penalties=self._penalties,
+            slots_B=slots_B,
+            seeds_B2=seeds_B2,
+            numbers_B3=numbers,
+            top_k_B=top_k_B,
+            told_B=told_B,
+            taken_B=taken_B,
+        )
+        fetched: Any = jax.device_get(drawn)
+        return Drawn(*fetched)
+
+    def _take(self, request: Request, drawn: Drawn, i: int) -> None:
+        """A drawn token becomes the request's; `i` is its place in the call."""
+        token = int(drawn.tokens_B[i])
+        if token == NOT_FINITE:
+            self._finish(request, "broken")
+            return
+        request.written.append(token)
+        self.counts.written_tokens += 1
+        told = self._told(request, drawn, i)
+        if token in self.tokenizer.ends and not request.wishes.past_end:
+            self._finish(request, "separator", Piece("", (token,), told))
+            return
+        text = request.stream.push(self.tokenizer.pieces[token])
+        piece = Piece(text, (token,), told)
+        if request.stream.stopped:
+            self._finish(request, "stop", piece)
+        elif len(request.written) >= request.wishes.sampling.max_tokens:
+            self._finish(request, "length", piece)
+        else:
+            request.pending = token
+            request.hear(piece)
+
+    def _told(self, request: Request, drawn: Drawn, i: int) -> tuple[Told, ...]:
+        wanted = request.wishes.logprobs
+        if wanted is None:
+            return ()
+        ids, values = drawn.likeliest_BN[i, :wanted], drawn.logprobs_BN[i, :wanted]
+        likeliest = [(int(token), float(value)) for token, value in zip(ids, values, strict=True)]
+        return (Told(float(drawn.logprob_B[i]), likeliest),)
+
+    def _finish(self, request: Request, finish: Finish, last: Piece = Piece()) -> None:
+        request.finish, request.pending = finish, None
+        self._release(request)
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self.counts.finished += 1
+        rest = "" if finish == "stop" else request.stream.close()
+        request.hear(Piece(last.text + rest, last.tokens, last.told, finish))
+
+    def _set_penalties(self, row: int, prompt: Sequence[int], wishes: Wishes, written: Sequence[int]) -> None:
+        vocabulary = self._penalties.bias_BV.shape[1]
+        seen_V, written_V = (np.zeros(vocabulary, np.int32) for _ in range(2))
+        np.add.at(seen_V, np.array([*prompt, *written], np.int64), 1)
+        np.add.at(written_V, np.array(written, np.int64), 1)
+        bias_V = np.zeros(vocabulary, np.float32)
+        for token, value in wishes.bias.items():
+            bias_V[token] = value
+        numbers = np.array([wishes.repetition, wishes.presence, wishes.frequency], np.float32)
+        self._penalties = self._set_row(
+            self._penalties, np.int32(row), seen_V, written_V, bias_V, numbers, np.bool_(wishes.penalised)
+        )
+
+
+def _stepped(
+    step: Callable[..., tuple[Array, paged.Pages]],
+    vocabulary: int,
+    weights: Any,
+    *,
+    tokens_BL: Array,
+    first_B: Array,
+    lengths_B: Array,
+    before_B: Array,
+    tables_BM: Array,
+    pages: paged.Pages,
+    penalties: Penalties,
+    slots_B: Array,
+    seeds_B2: Array,
+    numbers_B3: Array,
+    top_k_B: Array,
+    told_B: Array,
+    taken_B: Array,
+) -> tuple[Drawn, paged.Pages, Penalties]:
+    """A step, and the choice of each row's next token.
+
+    `slots_B` are the rows' places in the penalties, each another one; `taken_B`, bool [B], says whose tokens
+    are taken.
+    """
+    logits_BV, pages = step(
+        weights,
+        tokens_BL=tokens_BL,
+        first_B=first_B,
+        lengths_B=lengths_B,
+        before_B=before_B,
+        tables_BM=tables_BM,
+        pages=pages,
+    )
+
+    def key(seeds_2: Array) -> Array:
+        return jax.random.fold_in(jax.random.key(seeds_2[0]), seeds_2[1])
+
+    temperature_B, top_p_B, min_p_B = numbers_B3.T
+    choice = Choice(jax.vmap(key)(seeds_B2), temperature_B, top_k_B, top_p_B, min_p_B)
+    mine = jax.tree.map(lambda x: x[slots_B], penalties)
+    drawn = draw(logits_BV, first_B + lengths_B, choice, mine, told_B, vocabulary)
+    tokens_B = jnp.zeros(penalties.any_B.shape[0], jnp.int32).at[slots_B].set(drawn.tokens_B)
+    rows_B = jnp.zeros(penalties.any_B.shape[0], bool).at[slots_B].set(taken_B)
+    return drawn, pages, counted(penalties, tokens_B, rows_B)
+
+
+def _row_set(
+    penalties: Penalties,
+    row: Array,
+    seen_V: Array,
+    written_V: Array,
+    bias_V: Array,
+    numbers_3: Array,
+    any_: Array,
+) -> Penalties:
+    return Penalties(
+        penalties.seen_BV.at[row].set(seen_V),
+        penalties.written_BV.at[row].set(written_V),
+        penalties.bias_BV.at[row].set(bias_V),
+        penalties.repetition_B.at[row].set(numbers_3[0]),
+        penalties.presence_B.at[row].set(numbers_3[1]),
+        penalties.frequency_B.at[row].set(numbers_3[2]),
+        penalties.any_B.at[row].set(any_),
+    )
