@@ -10,7 +10,7 @@ from mosaicjax.harness.subject import Settings, Subject
 from mosaicjax.harness.tasks import Wanted, evaluate_tasks
 from tests.harness import local_tasks
 
-LIMIT = 24
+LIMIT = 12
 
 pytestmark = pytest.mark.peer
 
@@ -33,7 +33,7 @@ def peer(folder):
 
 @pytest.fixture(scope="module")
 def peer_without_cache(peer):
-    """Its cache of logits takes the wrong ones where equal tokens are divided in two ways (lm-eval 0.4.13)."""
+    """Its cache takes the wrong logits where equal tokens are divided in two ways (lm-eval 0.4.13)."""
     return type(peer)(pretrained=peer.model, tokenizer=peer.tokenizer, batch_size=8, logits_cache=False)
 
 
