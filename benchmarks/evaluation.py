@@ -2,11 +2,12 @@
 
     python benchmarks/evaluation.py --requests 2000 --rounds 5
 
-Each round measures both, each in a process of its own: every one compiles anew, and a busy machine is busy for
-both. The clock starts with the model in memory and stops with the last answer; what of that was compiling is
-given too. The requests are ARC's options and LAMBADA's last words, as lm-eval asks them, and the answers of both
-are compared. Needs the extra `eval`, what tests/peers.txt lists, and the corpora beside the project. Units:
-seconds.
+Each round measures both, each in a process of its own: every one compiles anew, and a busy machine is busy
+for both. The clock starts with the model in memory and stops with the last answer; what of that was compiling
+is given too. The requests are ARC's options and LAMBADA's last words, as lm-eval asks them; both engines'
+answers are compared. Needs the extra `eval`, tests/peers.txt, and the corpora beside the project.
+
+Units: seconds.
 """
 
 from __future__ import annotations
