@@ -50,11 +50,15 @@ class Subject:
         settings.check()
         self.path, self.settings = path, settings
         self.kind = kind_of(path)
-        model, _ = start.described(path)
+        model, dtypes = start.described(path)
         self.length = settings.length or model_length(path)
         model.build().check(self.length)
         self.tokenizer: Tokenizer = start.tokenizer(path)
-        self.identity = identity(path) | {"tokenizer": self.tokenizer.hash, "max_length": self.length}
+        self.identity = identity(path) | {
+            "dtype": dtypes.compute,
+            "tokenizer": self.tokenizer.hash,
+            "max_length": self.length,
+        }
 
     @cached_property
     def _run(self) -> Run:
@@ -93,6 +97,8 @@ def model_length(path: str) -> int:
 
 def identity(path: str) -> dict[str, Any]:
     """What tells a directory's weights from others, wherever the directory lies.
+
+    A checkpoint of ours is told by what it says of itself, with the time at which it was written.
 
     Raises:
         InputError: it holds no model, or a file of it cannot be read.

@@ -10,7 +10,7 @@ from mosaicjax.harness.subject import Settings, Subject
 from mosaicjax.harness.tasks import Wanted, evaluate_tasks
 from tests.harness import local_tasks
 
-LIMIT = 24
+LIMIT = 12
 
 pytestmark = pytest.mark.peer
 
