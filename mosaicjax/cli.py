@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mosaicjax.cli_data import add_data
 from mosaicjax.cli_eval import add_eval
@@ -206,7 +206,11 @@ def _train(options: argparse.Namespace) -> int:
     out = options.out or (options.recipe if not options.recipe.endswith(".py") else f"runs/{loaded.name}")
     from mosaicjax.finish import train_and_finish
 
-    return train_and_finish(loaded, out, started=STARTED, profile=profile)
+    scores: Any = None
+    if loaded.recipe.tasks.names:
+        from mosaicjax.harness.in_loop import InLoop as scores
+
+    return train_and_finish(loaded, out, started=STARTED, profile=profile, scores=scores)
 
 
 def _profile(text: str) -> tuple[int, int] | None:

@@ -27,17 +27,26 @@ from mosaicjax.recipe_file import Loaded, from_run
 from mosaicjax.report.curve import draw_curve
 from mosaicjax.report.live import LiveLine, format_count
 from mosaicjax.report.summary import SUMMARY, summary_line, write_summary
-from mosaicjax.run import chips_text, epochs, prepare
+from mosaicjax.run import Ready, chips_text, epochs, prepare
 from mosaicjax.run_data import open_data
-from mosaicjax.train import Profile, Run, train
+from mosaicjax.train import Profile, Run, Score, train
 
 SAMPLE_TOKENS = 120
 SAMPLE = "sample.txt"
 CURVE = "loss.png"
 
 
-def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple[int, int] | None) -> int:
+def train_and_finish(
+    loaded: Loaded,
+    out: str,
+    *,
+    started: float,
+    profile: tuple[int, int] | None,
+    scores: Callable[[Ready], Score] | None = None,
+) -> int:
     """Train a recipe into `out` and print what a person wants to see; the exit code.
+
+    `scores` makes what scores the recipe's tasks; it is asked for where the recipe has any.
 
     Raises:
         InputError: as `prepare` and `train`.
@@ -69,7 +78,8 @@ def train_and_finish(loaded: Loaded, out: str, *, started: float, profile: tuple
             expected=f"steps of {ready.cursor.step + 1} to {ready.recipe.steps}",
             got=f"{traced.first}:{traced.last}",
         )
-    run, finished = train(ready, started=started, say=say, line=line, profile=traced)
+    score = scores(ready) if scores is not None and ready.recipe.tasks.names else None
+    run, finished = train(ready, started=started, say=say, line=line, profile=traced, score=score)
     if not finished:
         say(f"stopped and saved at step {run.number:,}; the same command goes on from there")
         return 0

@@ -26,6 +26,9 @@ from mosaicjax.spikes import Ignore, OnSpike
 WHOLE = 0
 """As many as there are: a microbatch of the whole batch, all held-out rows, no limit on a count."""
 
+OWN = -1
+"""As many as a task itself says."""
+
 
 @dataclass(frozen=True)
 class Eval:
@@ -36,6 +39,33 @@ class Eval:
 
     every: int = 500
     rows: int = WHOLE
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-eval in the loop, by name or as `.yaml` files, every so many steps and at the end.
+
+    Of each task the first `limit` documents (WHOLE: all), with `shots` examples before each (OWN: what the
+    task says), `batch` rows at once. `every` 0 is at the end alone. Needs the extra `eval`, and one process.
+    """
+
+    names: tuple[str, ...] = ()
+    every: int = 0
+    limit: int = WHOLE
+    shots: int = OWN
+    batch: int = 32
+
+    def check(self) -> None:
+        """Refuse numbers that mean nothing.
+
+        Raises:
+            InputError: with the field.
+        """
+        for name, least in (("every", 0), ("limit", 0), ("shots", OWN), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"tasks.{name} of the recipe", expected=f"{least} or more", got=getattr(self, name)
+                )
 
 
 @dataclass(frozen=True)
@@ -116,6 +146,7 @@ class Recipe:
     on_spike: OnSpike = Ignore()
     price: Price | None = None
     phases: tuple[Later, ...] = ()
+    tasks: Tasks = Tasks()
 
     def check(self) -> None:
         """Refuse what cannot run, before any device starts.
@@ -147,6 +178,7 @@ class Recipe:
             raise InputError(
                 f"dtypes.{wide[0]} float64 needs 64 bits in jax", fix="JAX_ENABLE_X64=1 before the command"
             )
+        self.tasks.check()
         self._check_adapters()
         model = self.model.build()
         model.check(self.seq)

@@ -37,6 +37,9 @@ from mosaicjax.stop_request import StopRequest
 GO, STOP, CANNOT_READ = 0, 1, 2
 """What a process says with each step; the largest counts for all."""
 
+Score = Callable[[Any], dict[str, float]]
+"""What scores weights on tasks, by name."""
+
 SPEED_STEPS = 20
 """The live line's speed is the mean over so many steps."""
 
@@ -52,8 +55,16 @@ class Profile:
 class Run:
     """A run under way; what changes from step to step."""
 
-    def __init__(self, ready: Ready, started: float, say: Callable[[str], None], line: LiveLine) -> None:
+    def __init__(
+        self,
+        ready: Ready,
+        started: float,
+        say: Callable[[str], None],
+        line: LiveLine,
+        score: Score | None = None,
+    ) -> None:
         self.ready, self.recipe, self.say, self.line = ready, ready.recipe, say, line
+        self.score = score
         self.clocks = Clocks(ready.cursor.seconds, started)
         self.primary = processes.current().primary
         self.number = ready.cursor.step
@@ -153,11 +164,15 @@ class Run:
                 self.flush()
                 self._pending = (self.number + 1, metrics, batch)
                 self.number += 1
-            if self.due(recipe.eval.every) or self.due(recipe.save.every):
+            scored = self.score is not None and self.due(recipe.tasks.every)
+            if self.due(recipe.eval.every) or self.due(recipe.save.every) or scored:
                 temporaries.clear()
             if self.due(recipe.eval.every):
                 self.flush()
                 self.evaluate(recipe.eval.rows)
+            if scored:
+                self.flush()
+                self.score_tasks()
             if self.due(recipe.save.every):
                 self.save()
 
@@ -295,6 +310,19 @@ class Run:
             )
         self._mark = time.perf_counter()
 
+    def score_tasks(self) -> None:
+        """The scores of the recipe's tasks now, as a row of metrics."""
+        if self.score is None or self.logged("tasks") is not None:
+            return
+        began = time.perf_counter()
+        values = self.score(self.weights())
+        seconds = time.perf_counter() - began
+        self.clocks.add("evaluate", seconds)
+        self.log.write("tasks", self.number, {**values, "tokens": self.tokens}, {"seconds": seconds})
+        told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.line.say(f"step {self.number:,}: {told}")
+        self._mark = time.perf_counter()
+
     def weights(self) -> Any:
         """The weights that the model is used with: averaged ones, where the recipe's methods make them."""
         return saved.used(self.ready.step, self.state, self.frozen)
@@ -429,17 +457,19 @@ def train(
     say: Callable[[str], None],
     line: LiveLine,
     profile: Profile | None = None,
+    score: Score | None = None,
 ) -> tuple[Run, bool]:
     """Train to the recipe's last step, or until told to stop; True where it is finished.
 
-    `started` is when the process began (`time.time()`). The same call again goes on from the last checkpoint.
+    `score` gives the scores of the recipe's tasks, where it asks for any. `started` is when the process began
+    (`time.time()`). The same call again goes on from the last checkpoint.
 
     Raises:
         InputError: data that cannot be read, on every process, with the steps so far saved.
         Diverged: a loss or gradient that is not finite.
     """
     with StopRequest() as stop:
-        run = Run(ready, started, say, line)
+        run = Run(ready, started, say, line, score)
         with processes.refused_by_all("writing the run directory"):
             record(ready, run.program)
         while True:
@@ -467,6 +497,7 @@ def to_the_end(run: Run, stop: StopRequest, profile: Profile | None) -> bool:
             run.save()
         if finished:
             run.evaluate(WHOLE)
+            run.score_tasks()
         with run.clocks.timed("save"):
             run.checkpoints.wait()
         run.line.end()

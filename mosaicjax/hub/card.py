@@ -75,6 +75,7 @@ def _trained(origin: Origin, history: Trained) -> dict[str, str]:
         "Steps": f"{origin.step:,} of {shapes}",
         "Started from": recipe.init_from or f"random weights, seed {recipe.seed}",
         **_losses(origin, history, ended),
+        "Tasks": _tasks(origin, history),
         "Optimizer": str(recipe.optimizer),
         "Methods": ", ".join(map(str, recipe.methods)),
         "Computed in": recipe.dtypes.compute,
@@ -102,6 +103,13 @@ def _losses(origin: Origin, history: Trained, ended: Mapping[str, Any]) -> dict[
     if isinstance(bits, int | float):
         losses["Held-out bits"] = f"{bits:.4f} bits a byte"
     return losses
+
+
+def _tasks(origin: Origin, history: Trained) -> str:
+    """The scores that the loop took at the exported step."""
+    rows = [row for row in history.rows if (row["kind"], row["step"]) == ("tasks", origin.step)]
+    scores = {name: value for row in rows for name, value in row.items() if "/" in name}
+    return ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items()))
 
 
 def _hardware(hardware: Mapping[str, Any], devices: Mapping[str, Any]) -> str:

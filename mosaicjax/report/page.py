@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -178,6 +179,7 @@ def page(shown: Sequence[Shown], title: str) -> str:
         held_out(shown),
         "<h2>Tasks</h2>",
         tasks(shown),
+        charts(scored(shown)),
     ]
     if len(shown) > 1:
         body += ["<h2>What differs</h2>", differences(shown)]
@@ -256,6 +258,30 @@ def speeds(shown: Sequence[Shown]) -> list[Chart]:
         if any(line.points for line in lines):
             made.append(Chart(title, "step", name, lines, format_count, form))
     return made
+
+
+def scored(shown: Sequence[Shown]) -> list[Chart]:
+    """Each score that the loop took, over tokens."""
+    names = dict.fromkeys(
+        name for each in shown for row in each.rows if row["kind"] == "tasks" for name in row if "/" in name
+    )
+    made = []
+    for name in names:
+        lines = tuple(
+            Line(
+                each.name,
+                number,
+                values(each, "tasks", lambda row, work: row.get("tokens"), partial(_field, name)),
+                dots=True,
+            )
+            for number, each in enumerate(shown)
+        )
+        made.append(Chart(name, "tokens", name, lines, format_count, lambda y: f"{y:.3g}"))
+    return made
+
+
+def _field(name: str, row: Row) -> Any:
+    return row.get(name)
 
 
 def charts(made: Iterable[Chart]) -> str:
