@@ -1,4 +1,4 @@
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,10 @@ def families():
     ]
 
 
-def built(family, mesh=None):
-    layout = (mesh or Mesh(fsdp=(1,))).build(jax.devices() if mesh else jax.devices()[:1])
+@cache
+def built(family, devices=1):
+    mesh = Mesh(data=2, fsdp=(2,), tensor=2) if devices == 8 else Mesh(fsdp=(1,))
+    layout = mesh.build(jax.devices()[:devices])
     decoder = family.decoder()
     spec = decoder.spec()
     weights = spec.init(jax.random.key(3), "float32", shardings(spec, layout))
@@ -109,15 +111,14 @@ def test_rows_and_meshes_do_not_change_scores():
     rng = np.random.default_rng(6)
     asked = [(rng.integers(0, VOCAB, 9).tolist(), rng.integers(0, VOCAB, 5).tolist()) for _ in range(11)]
     alone = Scorer(decoder, weights, layout, DTYPES, length=LENGTH, rows=1).score(asked)
-    mesh = Mesh(data=2, fsdp=(2,), tensor=2)
-    split, placed, parts = built(families()[1], mesh)
+    split, placed, parts = built(families()[1], 8)
     together = Scorer(split, placed, parts, DTYPES, length=LENGTH, rows=8).score(asked)
     np.testing.assert_allclose([a.total for a in alone], [b.total for b in together], rtol=2e-5)
     assert [a.greedy for a in alone] == [b.greedy for b in together]
 
 
 def test_requests_that_read_the_same_share_a_row():
-    decoder, weights, layout = built(families()[0])
+    decoder, weights, layout = built(families()[1])
     scorer = Scorer(decoder, weights, layout, DTYPES, length=LENGTH, rows=4)
     asked = [([1, 2, 3], [end]) for end in range(ENDS)] * 2 + [([1, 2, 3], [5, 6])]
     assert len(scorer._rows_of(asked)) == 3
@@ -125,7 +126,9 @@ def test_requests_that_read_the_same_share_a_row():
 
 
 def test_what_cannot_be_scored_is_refused():
-    decoder, weights, layout = built(families()[0])
+    # Refused before any weight is looked at.
+    decoder, weights = families()[0].decoder(), None
+    layout = Mesh(fsdp=(1,)).build(jax.devices()[:1])
     with pytest.raises(InputError, match="--batch; expected a multiple of 1; got 0"):
         Scorer(decoder, weights, layout, DTYPES, length=LENGTH, rows=0)
     with pytest.raises(InputError, match="at most 100"):
@@ -133,6 +136,11 @@ def test_what_cannot_be_scored_is_refused():
     scorer = Scorer(decoder, weights, layout, DTYPES, length=LENGTH, rows=4)
     with pytest.raises(InputError, match="at most 100 tokens; got 101"):
         scorer.score([([1], [1] * 101)])
+
+
+@pytest.mark.slow
+def test_scores_that_are_not_finite_are_refused():
+    decoder, weights, layout = built(families()[0])
     broken = jax.tree.map(lambda leaf: leaf.at[...].set(np.nan), weights)
     with pytest.raises(InputError, match="a log-likelihood is not finite"):
         Scorer(decoder, broken, layout, DTYPES, length=LENGTH, rows=4).score([([1], [1])])

@@ -55,7 +55,7 @@ def generator():
     return Generator(decoder, weights, layout, Dtypes(), byte_tokenizer())
 
 
-@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("rows", [2, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("stop", "end"),
     [([], len(SCRIPT)), (["END"], SCRIPT.index(b"END")), (["ENDE", " is"], SCRIPT.index(b" is"))],
