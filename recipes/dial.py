@@ -22,7 +22,7 @@ from mosaicjax.layers.position import Rotary
 from mosaicjax.mesh import fsdp
 from mosaicjax.models import mpt
 from mosaicjax.muon import Muon
-from mosaicjax.optim import AdamW, Wsd
+from mosaicjax.optim import AdamW, Linear
 from mosaicjax.recipe import Eval, Recipe, Save
 from mosaicjax.spec import Dtypes
 
@@ -59,9 +59,9 @@ def from_depth(depth: int) -> Recipe:
     decay = 0.28 * by_batch * tokens(REFERENCE_DEPTH) / tokens(depth)
     warmup = min(40, steps // 10)
 
-    def rate(peak: float) -> Wsd:
-        fall = min(round(0.65 * steps), steps - warmup)
-        return Wsd(peak=peak * by_batch, warmup=warmup, decay=fall, final=0.05)
+    def rate(peak: float) -> Linear:
+        # * Falls from the warm-up on, whatever --steps says; nanochat's over the last 65% of the steps.
+        return Linear(peak=peak * by_batch, warmup=warmup, final=0.05)
 
     return Recipe(
         model=mpt.Config(
