@@ -130,7 +130,8 @@ def test_a_run_on_an_object_store(tiny_recipe, tmp_path, monkeypatch, capsys):
     assert said[0] == said[1] and said[0].strip()
 
 
-@pytest.mark.slow
+# Two minutes: a machine of two cores starts eleven processes.
+@pytest.mark.soak
 def test_eight_hosts_then_two_see_the_samples_that_one_sees(tiny_recipe, tmp_path):
     """Killed in the middle of an epoch on 8 processes of a device each, and gone on with by 2 of 4 each."""
     options = ("--steps", 60, "--eval.every", 0, "--save.every", 3, "--log.tensorboard", "False")

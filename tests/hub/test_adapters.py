@@ -133,6 +133,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run, recipe, tmp_path):
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.soak
 def test_two_processes_train_the_same(run, recipe, tmp_path):
     job = tiny.launch_job("train", recipe, "--out", tmp_path / "job", "--model.mlp", 128)
     for process in tiny.ended(job):

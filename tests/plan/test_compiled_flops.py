@@ -71,7 +71,10 @@ def written(folder, name):
     return path
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each is compiled for a TPU: every second one is left to the soak.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (n % 2)) for n, name in enumerate(CASES)]
+)
 def test_compiled_flops_are_the_structures(name, tmp_path):
     code, page, errors, found = planned(tmp_path, written(tmp_path, name), "--topology", "v5e:2x2")
     assert (code, errors) == (0, []), page

@@ -59,7 +59,9 @@ def base(tmp_path_factory):
     return folder, figures(found)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (n % 2)) for n, name in enumerate(CHANGES)]
+)
 def test_a_change_moves_the_prediction_as_it_moves_the_work(name, base):
     folder, before = base
     options, expected = CHANGES[name]
