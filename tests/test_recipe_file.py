@@ -39,7 +39,8 @@ from mosaicjax.methods.swa import Swa
 from mosaicjax.models import mpt
 from mosaicjax.models.decoder import Remat
 from mosaicjax.muon import Muon
-from mosaicjax.recipe import Eval, Later, Log, Recipe, Save
+from mosaicjax.polar import Jordan, PolarExpress
+from mosaicjax.recipe import Eval, Later, Log, Recipe, Save, Tasks
 from mosaicjax.schedule_free import ScheduleFree
 from mosaicjax.spec import Dtypes
 from mosaicjax.spikes import Ignore, RollBack, Stop
@@ -84,6 +85,7 @@ OPTIMIZERS = st.one_of(
         Muon,
         lr=SCHEDULES,
         dtype=MOMENTA,
+        polynomials=st.one_of(some(Jordan), some(PolarExpress)),
         others=some(optim.AdamW, lr=SCHEDULES, momentum_dtype=MOMENTA),
     ),
 )
@@ -133,6 +135,7 @@ RECIPES = some(
     eval=some(Eval),
     save=some(Save),
     log=some(Log),
+    tasks=some(Tasks, names=st.lists(NAMES, max_size=2).map(tuple)),
     phases=st.lists(
         st.builds(
             Later,
