@@ -6,8 +6,9 @@ Every edit is a recipe of its own, trained with each seed beside its base, at th
 has a core of its own, and as many run at a time as there are cores. How many tokens an edit costs or saves is
 read from the base's own curve, the same recipe at several lengths, each with its schedule run to its end: an
 edit's loss is the base's at some multiple m of its tokens, so to the base's loss it would take 1 / m of
-them. FLOPs and seconds of steps are that, times those of a token. An edit whose loss lies within the spread
-of the base's seeds is named so. Losses are bits a byte of validation documents.
+them. FLOPs and seconds of steps are that, times those of a token. Losses are compared seed by seed; an edit
+whose mean difference is within twice its standard error is named so. They are bits a byte of validation
+documents. An ablation that was broken off goes on where it was.
 """
 
 from __future__ import annotations
@@ -165,11 +166,15 @@ def all_runs(jobs: dict[str, tuple[str, list[str]]], seeds: int, folder: Path, c
     def run(name: str, seed: int) -> dict[str, Any]:
         recipe, given = jobs[name]
         out = folder / "runs" / f"ablation-{name.replace(' ', '-')}-{seed}"
-        core = free.get()
-        try:
-            summary = speedrun.trained(recipe, [*given, f"--seed={seed}"], out, core)
-        finally:
-            free.put(core)
+        options = [*given, f"--seed={seed}"]
+        if finished(out, recipe, options):
+            summary = json.loads((out / "summary.json").read_text())
+        else:
+            core = free.get()
+            try:
+                summary = speedrun.trained(recipe, options, out, core)
+            finally:
+                free.put(core)
         seconds, bits = summary["seconds"], summary["heldout"]["bits_per_byte"]
         print(f"{name}, seed {seed}: {bits:.4f} bits a byte, {seconds['train']:.1f} s of steps", flush=True)
         return {
@@ -187,6 +192,15 @@ def all_runs(jobs: dict[str, tuple[str, list[str]]], seeds: int, folder: Path, c
     return found
 
 
+def finished(out: Path, recipe: str, options: list[str]) -> bool:
+    """Whether a run is there, done, and of this very recipe: an ablation that was broken off goes on."""
+    if not (out / "summary.json").exists():
+        return False
+    from mosaicjax import recipe_file
+
+    return recipe_file.from_run(str(out)).recipe == recipe_file.load(str(ROOT / recipe), options).recipe
+
+
 def losses(runs: Sequence[dict[str, Any]]) -> list[float]:
     """The validation loss of each seed."""
     return [run["validation_bits_per_byte"] for run in runs]
@@ -196,13 +210,13 @@ def table(base: str, edits: dict[str, str], sizes: Sequence[str], made: Found, l
     """The rows of a table: each edit beside its base."""
     mean = {factor: statistics.mean(losses(made[f"{base} {factor}"])) for factor in LENGTHS}
     usual = made[f"{base} 1.0"]
-    noise = max(losses(usual)) - min(losses(usual))
     base_work = speedrun.work_of(base, sizes)
     rows: dict[str, Any] = {}
     for name, edit in edits.items():
         runs, recipe = made[f"{label} {name}"], edited(label, name)
-        loss = statistics.mean(losses(runs))
-        tokens = [1.0 / equivalent(each, list(mean.items())) for each in losses(runs)]
+        # Seed by seed: what a seed does to both is no part of the difference.
+        apart = [one - other for one, other in zip(losses(runs), losses(usual), strict=True)]
+        tokens = [1.0 / equivalent(mean[1.0] + each, list(mean.items())) for each in apart]
         work = speedrun.work_of(recipe, sizes)
         flops = work["flops"] / work["tokens"] * base_work["tokens"] / base_work["flops"]
         seconds = statistics.median(
@@ -215,9 +229,14 @@ def table(base: str, edits: dict[str, str], sizes: Sequence[str], made: Found, l
             "times_tokens": spread(tokens),
             "times_flops": statistics.median(tokens) * flops,
             "times_seconds": statistics.median(tokens) * seconds,
-            "within_noise": abs(loss - mean[1.0]) <= noise,
+            "within_noise": within_noise(apart),
         }
-    return {"base": base, "bits_per_byte": mean, "noise": noise, "rows": rows}
+    return {"base": base, "bits_per_byte": mean, "of_seeds": losses(usual), "rows": rows}
+
+
+def within_noise(apart: Sequence[float]) -> bool:
+    """Whether the mean of some differences is within twice its standard error."""
+    return abs(statistics.mean(apart)) <= 2 * statistics.stdev(apart) / math.sqrt(len(apart))
 
 
 def edited(label: str, name: str) -> str:
@@ -280,7 +299,7 @@ def main() -> int:
 
 def lines(label: str, found: dict[str, Any]) -> list[str]:
     """A table for a terminal: times more (above 1) or less (below) to the loss of the base."""
-    said = [f"{label}: {found['base']}, {found['bits_per_byte'][1.0]:.4f}, seeds {found['noise']:.4f} apart"]
+    said = [f"{label}: {found['base']}, {found['bits_per_byte'][1.0]:.4f} bits a byte"]
     for name, row in found["rows"].items():
         tokens = row["times_tokens"]
         said.append(
