@@ -122,6 +122,7 @@ def test_drawing_follows_the_seed_and_the_prompt_number(writer):
     assert narrow.tokens == (0,) * 40
 
 
+@pytest.mark.slow
 def test_rows_fill_the_mesh():
     one_head = {"heads": "none", "kv_heads": "none"}
     layout = Mesh(data=2, fsdp=(2,), tensor=2, rules=one_head).build(jax.devices())

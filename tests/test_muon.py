@@ -113,7 +113,7 @@ def test_updates_are_the_definitions(nesterov, rms, cautious, decay, iterations,
         weights = optax.apply_updates(weights, updates)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 90),

@@ -25,6 +25,7 @@ def poisoned(run, out):
     return out
 
 
+@pytest.mark.slow
 def test_the_step_the_rows_and_the_first_layer_are_named(tiny_run, tmp_path, capsys):
     often, seldom = (poisoned(tiny_run, tmp_path / name) for name in ("often", "seldom"))
     lines = []

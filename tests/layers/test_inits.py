@@ -28,7 +28,7 @@ CONFIG = {
         pytest.param(
             Kaiming(divide_residual=False, gain=1.0), 1 / 8, 128**-0.5, 1.0, 1 / 8, marks=pytest.mark.slow
         ),
-        (InitRule(std=0.02, embed_std=0.5), 0.02, 0.02, 1 / 4, 0.5),
+        pytest.param(InitRule(std=0.02, embed_std=0.5), 0.02, 0.02, 1 / 4, 0.5, marks=pytest.mark.slow),
     ],
 )
 def test_deviations(rule, matrix, down, residual, table):

@@ -309,7 +309,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gather"),
     [
-        ("data", "explicit"),
+        pytest.param("data", "explicit", marks=SLOW),
         pytest.param("data", "compiler", marks=SLOW),
         pytest.param("torus", "compiler", marks=SLOW),
         pytest.param("fsdp", "explicit", marks=SLOW),

@@ -134,7 +134,8 @@ CONFIGS = st.builds(
 )
 
 
-# Each example compiles three programs.
+# Each example compiles three programs; the families stand for it in the fast tier.
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(CONFIGS, st.booleans(), st.lists(st.integers(1, LENGTH), min_size=3, max_size=3))
 def test_cached_decoding_equals_recomputing(config, split, lengths):
@@ -145,6 +146,7 @@ def test_cached_decoding_equals_recomputing(config, split, lengths):
     check_against_recomputing(decoder, lengths)
 
 
+@pytest.mark.slow
 def test_rotation_that_grows_with_the_sequence():
     # One layer: its keys and values depend on no rotation, so recomputing at each length is the definition.
     position = Rotary(theta=50.0, scaling=DynamicScaling(factor=4.0, original=5))
