@@ -164,16 +164,13 @@ def work_of(recipe: str, options: Sequence[str]) -> dict[str, float]:
     """Tokens and model FLOPs of a recipe, phase by phase, and its parameters."""
     from mosaicjax.models import flops
     from mosaicjax.recipe_file import load
+    from mosaicjax.report.shown import flops_of
 
     loaded = load(str(ROOT / recipe), list(options)).recipe
-    total = 0.0
-    for phase, steps in loaded.in_phases:
-        per_token = flops.per_token(phase.model.build(), phase.seq)
-        total += per_token.causal * phase.batch * phase.seq * steps
     decoder, program = loaded.program()
     return {
         "tokens": loaded.tokens,
-        "flops": total,
+        "flops": flops_of(loaded, [loaded.steps])[0],
         "parameters": program.trainable.count(),
         "parameters_in_products": flops.per_token(decoder, 1).causal / 6,
     }

@@ -307,7 +307,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from mosaicjax import storage
-    from mosaicjax.report.page import names_of, page, read
+    from mosaicjax.report.page import names_of, page
+    from mosaicjax.report.shown import read
 
     names = names_of(options.runs)
     shown = [read(run, name) for run, name in zip(options.runs, names, strict=True)]

@@ -48,6 +48,7 @@ SAFE_CHANGES = (
     "optimizer.lr",
     "optimizer.weight_decay",
     "eval",
+    "tasks",
     "save",
     "log",
     "price",

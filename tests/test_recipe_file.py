@@ -298,6 +298,7 @@ class Change:
 SAFE = [
     Change(("--steps", "9"), ("steps: 6 -> 9",)),
     Change(("--save.every", "2", "--eval.rows", "0"), ("eval.rows: 8 -> 0", "save.every: 3 -> 2")),
+    Change(("--tasks.every", "5"), ("tasks.every: 0 -> 5",)),
     Change(("--optimizer.lr.peak", "1e-3"), ("optimizer.lr.peak: 0.002 -> 0.001",)),
     Change(("--optimizer.weight-decay", "0"), ("optimizer.weight_decay: 0.0001 -> 0.0",)),
     Change(("--mesh.fsdp", "2", "2"), ("mesh.fsdp: [-1] -> [2, 2]",)),

@@ -15,6 +15,7 @@ from mosaicjax.harness.subject import Settings
 from mosaicjax.harness.tasks import Wanted, configure, evaluate_one, load_tasks
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe
+from mosaicjax.report.shown import metrics_of
 from mosaicjax.run import Ready
 
 
@@ -83,10 +84,7 @@ class InLoop:
         found: dict[str, float] = {}
         for name, task in self._tasks.items():
             results = evaluate_one(self._model, task, self._wanted)["results"][name]
-            for key, value in results.items():
-                metric, _, way = key.partition(",")
-                if way and not metric.endswith("_stderr") and isinstance(value, float):
-                    found[f"{name}/{metric}" + (f"/{way}" if way != "none" else "")] = value
+            found |= {f"{name}/{metric}": value for metric, value, _ in metrics_of(results)}
         self._live.weights = None
         return found
 

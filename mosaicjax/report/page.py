@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from html import escape
 from typing import Any
 
-from mosaicjax import recipe_file, storage
+from mosaicjax import recipe_file
 from mosaicjax.errors import InputError
-from mosaicjax.log import RUN_JSON, Row, read_rows
-from mosaicjax.models import flops
-from mosaicjax.recipe import Recipe
+from mosaicjax.log import Row
 from mosaicjax.report.chart import Chart, Line, smooth, svg
 from mosaicjax.report.curve import Points
 from mosaicjax.report.live import format_count, format_duration, format_usd
-from mosaicjax.report.summary import SUMMARY
+from mosaicjax.report.shown import EVAL, Shown
 
-SAMPLE = "sample.txt"
-EVAL = "eval"
-"""Where `mosaicjax eval RUN --out RUN/eval` leaves scores for the page."""
 MOST_RUNS = 8
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f00", "#666666")
 """Apart for all forms of colour vision but the last two. Source: Okabe and Ito 2008, jfly.uni-koeln.de."""
@@ -58,88 +50,6 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--ru
 .key { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }
 .empty, .note { color: var(--faint); font-size: .9rem; }
 """
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A run as the page takes it: its name, its files, and the FLOPs behind each row of its metrics.
-
-    Units: `flops` are the model's FLOPs up to the row's step, causal attention.
-    """
-
-    name: str
-    rows: Sequence[Row]
-    flops: Sequence[float]
-    summary: Mapping[str, Any]
-    surroundings: Mapping[str, Any]
-    recipe: Recipe
-    sample: str
-    scores: Mapping[str, str]
-
-
-def read(run: str, name: str) -> Shown:
-    """A run's files, finished or not.
-
-    Raises:
-        InputError: no run is there, or a file of it cannot be read.
-    """
-    rows = read_rows(run)
-    recipe = recipe_file.from_run(run).recipe
-
-    def held(file: str) -> str:
-        path = storage.join(run, file)
-        return storage.read_text(path) if storage.exists(path) else ""
-
-    return Shown(
-        name=name,
-        rows=rows,
-        flops=flops_of(recipe, [int(row["step"]) for row in rows]),
-        summary=json.loads(held(SUMMARY) or "{}"),
-        surroundings=json.loads(held(RUN_JSON) or "{}"),
-        recipe=recipe,
-        sample=held(SAMPLE),
-        scores=task_scores(held(f"{EVAL}/results.json"), held(f"{EVAL}/gauntlet.json")),
-    )
-
-
-def task_scores(results: str, gauntlet: str) -> dict[str, str]:
-    """Scores by task and metric, of lm-eval's results and the Gauntlet's as `mosaicjax eval` keeps them.
-
-    A metric of lm-eval's stands with its standard error; of the Gauntlet what is partial is called so.
-    """
-    found: dict[str, str] = {}
-    for task, metrics in json.loads(results or "{}").get("results", {}).items():
-        for name, value in metrics.items():
-            metric, _, way = name.partition(",")
-            if way and not metric.endswith("_stderr") and isinstance(value, float):
-                error = metrics.get(f"{metric}_stderr,{way}")
-                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-                found[f"{task}, {metric}" + (f" ({way})" if way != "none" else "")] = f"{value:.4f}{spread}"
-    whole = json.loads(gauntlet or "{}")
-    for kind in ("categories", "averages"):
-        for name, score in whole.get(kind, {}).items():
-            if score["score"] is not None:
-                found[f"Gauntlet, {name}"] = f"{score['score']:.4f}"
-            else:
-                found[f"Gauntlet, {name}"] = f"partial: {len(score['missing'])} missing"
-    return found
-
-
-def flops_of(recipe: Recipe, steps: Sequence[int]) -> list[float]:
-    """The model's FLOPs of so many first steps, phase by phase; causal attention."""
-    ends: list[tuple[int, float]] = []
-    for phase, count in recipe.in_phases:
-        each = flops.per_token(phase.model.build(), phase.seq).causal * phase.batch * phase.seq
-        ends.append((count, each))
-    found = []
-    for step in steps:
-        left, total = step, 0.0
-        for count, each in ends:
-            total += min(left, count) * each
-            left -= min(left, count)
-        # Steps beyond the recipe's are no steps of it.
-        found.append(total)
-    return found
 
 
 def names_of(runs: Sequence[str]) -> list[str]:
@@ -389,26 +299,19 @@ HELD_OUT = ("loss", "perplexity", "bits_per_byte")
 
 def differences(shown: Sequence[Shown]) -> str:
     """Fields in which the recipes are not all the same."""
-    flat = [recipe_file.flat(each.recipe) for each in shown]
-    kinds = [_kinds(each.recipe) for each in shown]
-    merged = [fields | kind for fields, kind in zip(flat, kinds, strict=True)]
-    names = list(dict.fromkeys(itertools.chain.from_iterable(merged)))
+    first = shown[0].recipe
+    changed = [{change.name: change for change in recipe_file.changes(first, each.recipe)} for each in shown]
+    found = {name: change.before for each in changed for name, change in each.items()}
     rows = [
-        [escape(name), *(escape(str(each.get(name, ""))) for each in merged)]
-        for name in names
-        if len({str(each.get(name, "")) for each in merged}) > 1
+        [
+            escape(name),
+            *(escape(str(each[name].after if name in each else before)) for each in changed),
+        ]
+        for name, before in found.items()
     ]
     if not rows:
         return '<p class="empty">The recipes are the same.</p>'
     return table(["field", *(each.name for each in shown)], rows)
-
-
-def _kinds(recipe: Recipe) -> dict[str, str]:
-    """Which classes its parts are of, by field: an optimizer that is another has fields of its own."""
-    return {
-        name: type(getattr(recipe, name)).__name__
-        for name in ("model", "data", "optimizer", "loss", "on_spike")
-    } | {"methods": ", ".join(type(each).__name__ for each in recipe.methods)}
 
 
 def samples(shown: Sequence[Shown]) -> str:

@@ -15,20 +15,19 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.errors import InputError
 from mosaicjax.generate import TextStream
 from mosaicjax.mesh import Layout
 from mosaicjax.models import paged
-from mosaicjax.models.decode import NOT_FINITE, Choice
+from mosaicjax.models.decode import NOT_FINITE
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.serve.pages import NoRoom, Pages, Table
 from mosaicjax.serve.request import Wishes
-from mosaicjax.serve.sampler import Drawn, Penalties, counted, draw
+from mosaicjax.serve.sampler import Drawn, Penalties, row_set
+from mosaicjax.serve.step import stepped
 from mosaicjax.spec import Dtypes
 
 Finish = Literal["separator", "stop", "length", "cancelled", "broken"]
@@ -114,7 +113,6 @@ class Request:
     row: int | None = None
     read: int = 0
     pending: int | None = None
-    shared: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -124,7 +122,7 @@ class Request:
 
 @dataclass
 class Counts:
-    """What an engine has done since it began."""
+    """What an engine has done since it began; `shared_tokens` are those that a row found read already."""
 
     requests: int = 0
     finished: int = 0
@@ -178,12 +176,12 @@ class Engine:
         self._bent: set[int] = set()
         step = partial(paged.paged_step, decoder, layout=layout, dtypes=dtypes)
         self._step: Any = jax.jit(
-            partial(_stepped, step, tokenizer.size),
+            partial(stepped, step, tokenizer.size),
             donate_argnames=("pages", "penalties"),
             out_shardings=(whole, kept, whole),
         )
         # As an object of its own: jax keeps the programs of one function together, whoever asked for them.
-        self._set_row: Any = jax.jit(partial(_row_set), donate_argnames="penalties", out_shardings=whole)
+        self._set_row: Any = jax.jit(partial(row_set), donate_argnames="penalties", out_shardings=whole)
 
     @property
     def waiting(self) -> int:
@@ -237,6 +235,7 @@ class Engine:
         stream = TextStream(wishes.sampling.stop)
         request = Request(next(self._numbers), tuple(prompt), wishes, hear, stream, choice)
         self.counts.requests += 1
+        self.counts.prompt_tokens += len(prompt)
         self._waiting.append(request)
         return request
 
@@ -274,9 +273,8 @@ class Engine:
             self._waiting.popleft()
             request.row = self._rows.index(None)
             self._rows[request.row] = request
-            request.read = request.shared = request.table.shared
-            self.counts.prompt_tokens += len(tokens)
-            self.counts.shared_tokens += request.shared
+            request.read = request.table.shared
+            self.counts.shared_tokens += request.table.shared
             # A row keeps what the one before it wished for.
             if request.wishes.penalised or request.row in self._bent:
                 self._bent.add(request.row)
@@ -436,69 +434,3 @@ class Engine:
         self._penalties = self._set_row(
             self._penalties, np.int32(row), seen_V, written_V, bias_V, numbers, np.bool_(wishes.penalised)
         )
-
-
-def _stepped(
-    step: Callable[..., tuple[Array, paged.Pages]],
-    vocabulary: int,
-    weights: Any,
-    *,
-    tokens_BL: Array,
-    first_B: Array,
-    lengths_B: Array,
-    before_B: Array,
-    tables_BM: Array,
-    pages: paged.Pages,
-    penalties: Penalties,
-    slots_B: Array,
-    seeds_B2: Array,
-    numbers_B3: Array,
-    top_k_B: Array,
-    told_B: Array,
-    taken_B: Array,
-) -> tuple[Drawn, paged.Pages, Penalties]:
-    """A step, and the choice of each row's next token.
-
-    `slots_B` are the rows' places in the penalties, each another one; `taken_B`, bool [B], says whose tokens
-    are taken.
-    """
-    logits_BV, pages = step(
-        weights,
-        tokens_BL=tokens_BL,
-        first_B=first_B,
-        lengths_B=lengths_B,
-        before_B=before_B,
-        tables_BM=tables_BM,
-        pages=pages,
-    )
-
-    def key(seeds_2: Array) -> Array:
-        return jax.random.fold_in(jax.random.key(seeds_2[0]), seeds_2[1])
-
-    temperature_B, top_p_B, min_p_B = numbers_B3.T
-    choice = Choice(jax.vmap(key)(seeds_B2), temperature_B, top_k_B, top_p_B, min_p_B)
-    mine = jax.tree.map(lambda x: x[slots_B], penalties)
-    drawn = draw(logits_BV, first_B + lengths_B, choice, mine, told_B, vocabulary)
-    tokens_B = jnp.zeros(penalties.any_B.shape[0], jnp.int32).at[slots_B].set(drawn.tokens_B)
-    rows_B = jnp.zeros(penalties.any_B.shape[0], bool).at[slots_B].set(taken_B)
-    return drawn, pages, counted(penalties, tokens_B, rows_B)
-
-
-def _row_set(
-    penalties: Penalties,
-    row: Array,
-    seen_V: Array,
-    written_V: Array,
-    bias_V: Array,
-    numbers_3: Array,
-    any_: Array,
-) -> Penalties:
-    return Penalties(
-        penalties.seen_BV.at[row].set(seen_V),
-        penalties.written_BV.at[row].set(written_V),
-        penalties.bias_BV.at[row].set(bias_V),
-        penalties.repetition_B.at[row].set(numbers_3[0]),
-        penalties.presence_B.at[row].set(numbers_3[1]),
-        penalties.frequency_B.at[row].set(numbers_3[2]),
-        penalties.any_B.at[row].set(any_),
-    )

@@ -94,6 +94,27 @@ def counted(penalties: Penalties, tokens_B: Array, rows_B: Array) -> Penalties:
     )
 
 
+def row_set(
+    penalties: Penalties,
+    row: Array,
+    seen_V: Array,
+    written_V: Array,
+    bias_V: Array,
+    numbers_3: Array,
+    any_: Array,
+) -> Penalties:
+    """The penalties with those of one row anew: its counts and bias [V], repetition, presence, frequency."""
+    return Penalties(
+        penalties.seen_BV.at[row].set(seen_V),
+        penalties.written_BV.at[row].set(written_V),
+        penalties.bias_BV.at[row].set(bias_V),
+        penalties.repetition_B.at[row].set(numbers_3[0]),
+        penalties.presence_B.at[row].set(numbers_3[1]),
+        penalties.frequency_B.at[row].set(numbers_3[2]),
+        penalties.any_B.at[row].set(any_),
+    )
+
+
 def draw(
     logits_BV: Array,
     positions_B: Array,

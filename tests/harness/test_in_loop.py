@@ -13,7 +13,8 @@ from mosaicjax.hub.card import card
 from mosaicjax.hub.origin import origin_of
 from mosaicjax.recipe import Tasks
 from mosaicjax.recipe_file import load
-from mosaicjax.report.page import page, read
+from mosaicjax.report.page import page
+from mosaicjax.report.shown import read
 from tests import tiny
 
 

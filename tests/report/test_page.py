@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from mosaicjax.errors import InputError
 from mosaicjax.models import flops
 from mosaicjax.recipe_file import load
 from mosaicjax.report import chart
-from mosaicjax.report.page import MOST_RUNS, flops_of, names_of, page, read
+from mosaicjax.report.page import MOST_RUNS, names_of, page
+from mosaicjax.report.shown import flops_of, read
 
 VOID = {"meta", "link", "line", "rect", "polyline", "circle", "br"}
 
@@ -113,12 +115,14 @@ def test_curves_are_the_rows_of_the_metrics(tiny_run, over):
     assert len(re.findall("<circle", svg)) == len(held)
 
 
-def test_flops_are_counted_phase_by_phase(tiny_recipe):
-    recipe = load(str(tiny_recipe), ["--steps=6"]).recipe
-    (phase, steps), *rest = recipe.in_phases
-    assert not rest and steps == 6
-    each = flops.per_token(recipe.model.build(), recipe.seq).causal * recipe.batch * recipe.seq
-    assert flops_of(recipe, [0, 1, 4, 6]) == pytest.approx([0, each, 4 * each, 6 * each])
+def test_flops_are_counted_phase_by_phase():
+    """77 steps of 16 rows of 32 tokens, then steps of 2 rows of 256."""
+    recipe = load(str(Path(__file__).parents[2] / "recipes/speedrun/best.py"), []).recipe
+    decoder = recipe.model.build()
+    short, long = (512 * flops.per_token(decoder, seq).causal for seq in (32, 256))
+    expected = [0, short, 77 * short, 77 * short + 3 * long, 77 * short + 7 * long]
+    assert flops_of(recipe, [0, 1, 77, 80, 84]) == pytest.approx(expected)
+    assert long > 1.02 * short
 
 
 @given(

@@ -122,6 +122,14 @@ def test_room_is_what_is_left_without_the_pages_that_are_shared():
     table = pages.begin([1, 1, 1, 1])
     pages.written(table, 4)
     pages.end(table)
+    # With one page less there would be none for the rest: what it shares is no room for it.
+    small = Pages(2, 2)
+    first = small.begin([1, 1, 1, 1])
+    small.written(first, 4)
+    small.end(first)
+    with pytest.raises(NoRoom):
+        small.begin([1, 1, 1, 1, 1, 1])
+    assert (small.kept, small.free, small.held) == (2, 2, 0)
     again = pages.begin([1, 1, 1, 1, 1, 1])
     assert again.shared == 4 and pages.free == 0
     with pytest.raises(NoRoom):
