@@ -38,12 +38,13 @@ LENGTHS = (0.5, 1.0, 1.8)
 BEST_WITHOUT = {
     "Muon (AdamW at its rate instead)": "optimizer=replace(recipe.optimizer.others, lr=recipe.optimizer.lr)",
     "QK norm": "model=replace(recipe.model, qk_norm=None)",
-    "ReLU squared (GELU instead)": "model=replace(recipe.model, ffn=Mlp())",
+    "GELU (ReLU squared instead)": "model=replace(recipe.model, ffn=Mlp(Activation.RELU_SQUARED))",
     "zero output projections": "model=replace(recipe.model, init=Kaiming())",
     "untied head": "model=replace(recipe.model, tied=True)",
     "value embeddings": "model=replace(recipe.model, value_tables=0)",
     "bigram embeddings": "model=replace(recipe.model, inputs=())",
-    "rotary (ALiBi instead)": "model=replace(recipe.model, position=Alibi())",
+    "ALiBi (rotary instead)": "model=replace(recipe.model, position=Rotary())",
+    "gradient clipping": "methods=()",
     "RMS norm (layer norm instead)": "model=replace(recipe.model, norm=LayerNorm(bias=False))",
     "line to zero (cosine to a tenth)": "optimizer=with_cosine(recipe.optimizer)",
     "PolarExpress (five of Jordan's instead)": (
@@ -58,13 +59,14 @@ BEST_WITH = {
     "logit softcap 15": "model=replace(recipe.model, logit_softcap=15.0)",
     "gated MLP": "model=replace(recipe.model, ffn=Glu(Activation.SILU), mlp=2 * recipe.model.mlp // 3)",
     "half-rotary": "model=replace(recipe.model, position=Rotary(fraction=0.5))",
-    "gradient clipping": "methods=(ClipGradients(norm=1.0),)",
     "label smoothing 0.1": "loss=CrossEntropy(smoothing=0.1)",
     "z-loss": "loss=CrossEntropy(z_loss=1e-4)",
-    "EMA": "methods=(Ema(decay=0.95, start=recipe.steps // 2),)",
-    "SWA": "methods=(Swa(start=recipe.steps * 3 // 4),)",
-    "SAM": "methods=(Sam(rho=0.05),)",
-    "selective backprop": "methods=(SelectiveBackprop(keep=0.5, start=0.5, end=0.9, interrupt=2),)",
+    "EMA": "methods=(*recipe.methods, Ema(decay=0.95, start=recipe.steps // 2))",
+    "SWA": "methods=(*recipe.methods, Swa(start=recipe.steps * 3 // 4))",
+    "SAM": "methods=(*recipe.methods, Sam(rho=0.05))",
+    "selective backprop": (
+        "methods=(*recipe.methods, SelectiveBackprop(keep=0.5, start=0.5, end=0.9, interrupt=2))"
+    ),
     "stochastic depth 0.1": "model=replace(recipe.model, block=Block(stochastic_depth=0.1))",
     "cautious decay": "optimizer=replace(recipe.optimizer, weight_decay=1e-3, cautious=True)",
     "weight decay": "optimizer=replace(recipe.optimizer, weight_decay=1e-3)",
@@ -98,10 +100,9 @@ from mosaicjax.layers.block import Block, StreamScales
 from mosaicjax.layers.inits import Kaiming
 from mosaicjax.layers.mlp import Activation, Glu, Mlp
 from mosaicjax.layers.norm import LayerNorm, RmsNorm
-from mosaicjax.layers.position import Alibi, Rotary
+from mosaicjax.layers.position import Rotary
 from mosaicjax.layers.token_inputs import Bigram, Smear
 from mosaicjax.losses import CrossEntropy
-from mosaicjax.methods.clip import ClipGradients
 from mosaicjax.methods.ema import Ema
 from mosaicjax.methods.sam import Sam
 from mosaicjax.methods.selective import SelectiveBackprop
