@@ -85,6 +85,20 @@ STANDARD_WITH = {
     "bigram embeddings": "model=replace(recipe.model, inputs=(Bigram(8_192),))",
     "rotary": "model=replace(recipe.model, position=Rotary())",
     "line to zero": "optimizer=replace(recipe.optimizer, lr=as_line(recipe.optimizer.lr))",
+    "short rows first": (
+        "seq=32, batch=64, phases=(Later(recipe.steps * 9 // 10, seq=recipe.seq, batch=recipe.batch),)"
+    ),
+    "batch warm-up": (
+        "batch=recipe.batch // 2, steps=recipe.steps * 4 // 3,"
+        " phases=(Later(recipe.steps * 2 // 3, batch=recipe.batch),)"
+    ),
+    "gated MLP": "model=replace(recipe.model, ffn=Glu(Activation.SILU), mlp=2 * recipe.model.mlp // 3)",
+    "label smoothing 0.1": "loss=CrossEntropy(smoothing=0.1)",
+    "EMA": "methods=(*recipe.methods, Ema(decay=0.95, start=recipe.steps // 2))",
+    "SAM": "methods=(*recipe.methods, Sam(rho=0.05))",
+    "selective backprop": (
+        "methods=(*recipe.methods, SelectiveBackprop(keep=0.5, start=0.5, end=0.9, interrupt=2))"
+    ),
 }
 BASES = {
     "best without": (speedrun.BEST, BEST_WITHOUT),
@@ -110,6 +124,7 @@ from mosaicjax.methods.swa import Swa
 from mosaicjax.muon import Muon
 from mosaicjax.optim import Ademamix, AdamW, Adopt, Constant, Cosine, Linear, Lion
 from mosaicjax.polar import Jordan
+from mosaicjax.recipe import Later
 from mosaicjax.schedule_free import ScheduleFree
 
 
