@@ -183,14 +183,11 @@ def all_runs(jobs: dict[str, tuple[str, list[str]]], seeds: int, folder: Path, c
         recipe, given = jobs[name]
         out = folder / "runs" / f"ablation-{name.replace(' ', '-')}-{seed}"
         options = [*given, f"--seed={seed}"]
-        if finished(out, recipe, options):
-            summary = json.loads((out / "summary.json").read_text())
-        else:
-            core = free.get()
-            try:
-                summary = speedrun.trained(recipe, options, out, core)
-            finally:
-                free.put(core)
+        core = free.get()
+        try:
+            summary = speedrun.trained(recipe, options, out, core)
+        finally:
+            free.put(core)
         seconds, bits = summary["seconds"], summary["heldout"]["bits_per_byte"]
         print(f"{name}, seed {seed}: {bits:.4f} bits a byte, {seconds['train']:.1f} s of steps", flush=True)
         return {
@@ -206,15 +203,6 @@ def all_runs(jobs: dict[str, tuple[str, list[str]]], seeds: int, folder: Path, c
     for name, task in tasks:
         found[name].append(task.result())
     return found
-
-
-def finished(out: Path, recipe: str, options: list[str]) -> bool:
-    """Whether a run is there, done, and of this very recipe: an ablation that was broken off goes on."""
-    if not (out / "summary.json").exists():
-        return False
-    from mosaicjax import recipe_file
-
-    return recipe_file.from_run(str(out)).recipe == recipe_file.load(str(ROOT / recipe), options).recipe
 
 
 def losses(runs: Sequence[dict[str, Any]]) -> list[float]:
