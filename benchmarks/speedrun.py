@@ -52,13 +52,13 @@ MIDDLE = ("--model.layers=4", "--model.embed=224", "--model.heads=4", "--model.m
 LONGER = (
     "--model.inputs.0.buckets=16384",
     "--batch=32",
-    "--steps=650",
-    "--phases.0.step=560",
+    "--steps=700",
+    "--phases.0.step=600",
     "--phases.0.batch=4",
     "--optimizer.momentum=0.9",
     "--optimizer.lr.peak=6e-3",
     "--optimizer.lr.warmup=10",
-    "--optimizer.others.lr.peak=1.5e-2",
+    "--optimizer.others.lr.peak=3e-2",
     "--optimizer.others.lr.warmup=10",
 )
 SECONDS_AND_DOLLARS = ("step_seconds", "seconds_but_compiling", "seconds", "usd")
