@@ -76,7 +76,7 @@ class Track:
 
 TRACKS = {
     "code-1M": Track("code", (*SMALL, "--steps=122"), SMALL),
-    # The standard's rate is searched on the books too; how long the record is, their validation documents say.
+    # On books the standard has a rate of its own; how long the record is, their validation documents say.
     "books-1M": Track(
         "books",
         (*SMALL, "--steps=122", "--optimizer.lr.peak=1.6e-2"),
