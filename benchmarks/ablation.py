@@ -85,6 +85,20 @@ STANDARD_WITH = {
     "bigram embeddings": "model=replace(recipe.model, inputs=(Bigram(8_192),))",
     "rotary": "model=replace(recipe.model, position=Rotary())",
     "line to zero": "optimizer=replace(recipe.optimizer, lr=as_line(recipe.optimizer.lr))",
+    "short rows first": (
+        "seq=32, batch=64, phases=(Later(recipe.steps * 9 // 10, seq=recipe.seq, batch=recipe.batch),)"
+    ),
+    "batch warm-up": (
+        "batch=recipe.batch // 2, steps=recipe.steps * 4 // 3,"
+        " phases=(Later(recipe.steps * 2 // 3, batch=recipe.batch),)"
+    ),
+    "gated MLP": "model=replace(recipe.model, ffn=Glu(Activation.SILU), mlp=2 * recipe.model.mlp // 3)",
+    "label smoothing 0.1": "loss=CrossEntropy(smoothing=0.1)",
+    "EMA": "methods=(*recipe.methods, Ema(decay=0.95, start=recipe.steps // 2))",
+    "SAM": "methods=(*recipe.methods, Sam(rho=0.05))",
+    "selective backprop": (
+        "methods=(*recipe.methods, SelectiveBackprop(keep=0.5, start=0.5, end=0.9, interrupt=2))"
+    ),
 }
 BASES = {
     "best without": (speedrun.BEST, BEST_WITHOUT),
@@ -110,6 +124,7 @@ from mosaicjax.methods.swa import Swa
 from mosaicjax.muon import Muon
 from mosaicjax.optim import Ademamix, AdamW, Adopt, Constant, Cosine, Linear, Lion
 from mosaicjax.polar import Jordan
+from mosaicjax.recipe import Later
 from mosaicjax.schedule_free import ScheduleFree
 
 
@@ -168,14 +183,11 @@ def all_runs(jobs: dict[str, tuple[str, list[str]]], seeds: int, folder: Path, c
         recipe, given = jobs[name]
         out = folder / "runs" / f"ablation-{name.replace(' ', '-')}-{seed}"
         options = [*given, f"--seed={seed}"]
-        if finished(out, recipe, options):
-            summary = json.loads((out / "summary.json").read_text())
-        else:
-            core = free.get()
-            try:
-                summary = speedrun.trained(recipe, options, out, core)
-            finally:
-                free.put(core)
+        core = free.get()
+        try:
+            summary = speedrun.trained(recipe, options, out, core)
+        finally:
+            free.put(core)
         seconds, bits = summary["seconds"], summary["heldout"]["bits_per_byte"]
         print(f"{name}, seed {seed}: {bits:.4f} bits a byte, {seconds['train']:.1f} s of steps", flush=True)
         return {
@@ -191,15 +203,6 @@ def all_runs(jobs: dict[str, tuple[str, list[str]]], seeds: int, folder: Path, c
     for name, task in tasks:
         found[name].append(task.result())
     return found
-
-
-def finished(out: Path, recipe: str, options: list[str]) -> bool:
-    """Whether a run is there, done, and of this very recipe: an ablation that was broken off goes on."""
-    if not (out / "summary.json").exists():
-        return False
-    from mosaicjax import recipe_file
-
-    return recipe_file.from_run(str(out)).recipe == recipe_file.load(str(ROOT / recipe), options).recipe
 
 
 def losses(runs: Sequence[dict[str, Any]]) -> list[float]:
