@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 import jax
@@ -16,7 +16,7 @@ from mosaicjax import processes, storage
 from mosaicjax.checkpoint import complete_steps
 from mosaicjax.errors import InputError
 from mosaicjax.evaluate.compression import gzip_held_out
-from mosaicjax.evaluate.heldout import Evaluator
+from mosaicjax.evaluate.heldout import Evaluator, Loss
 from mosaicjax.generate import ONE_DEVICE, Sampling, generate, load_run
 from mosaicjax.hub import start
 from mosaicjax.log import read_rows
@@ -165,6 +165,23 @@ def evaluate_run(out: str) -> Iterator[str]:
     bits = loss.nats / math.log(2)
     yield f"  model    {bits:>14,.0f} bits, {bits / text.text_bytes:.4f} a byte ({loss.tokens:,} tokens)"
     yield f"  gzip -9  {text.bits:>14,} bits, {text.bits_per_byte:.4f} a byte (each document on its own)"
+    yield f"  perplexity {loss.perplexity:,.2f} a token, {loss.per_token:.4f} nats"
+    yield from table("domain", loss.parts)
+    yield from table("tokens before", {f"up to {most:,}": each for most, each in loss.told_from.items()})
+
+
+def table(title: str, parts: Mapping[str, Loss]) -> Iterator[str]:
+    """Lines on the parts of a loss that have any target."""
+    told = {name: part for name, part in parts.items() if part.tokens}
+    if len(told) < 2:
+        return
+    wide = max(map(len, (title, *told)))
+    yield f"  {title:{wide}}  {'nats':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'tokens':>12}"
+    for name, part in told.items():
+        yield (
+            f"  {name:{wide}}  {part.per_token:8.4f}  {part.perplexity:10,.2f}  {part.bits_per_byte:9.4f}"
+            f"  {part.tokens:12,}"
+        )
 
 
 def write_completions(model: str, prompts: Sequence[str], settings: Sampling, stream: TextIO) -> None:

@@ -13,7 +13,7 @@ from jax import Array
 
 from mosaicjax.errors import InputError
 from mosaicjax.layers.context import Context
-from mosaicjax.losses import CrossEntropy, TokenLoss, by_chunks
+from mosaicjax.losses import CrossEntropy, TokenLoss, by_chunks, nll
 from mosaicjax.mesh import Layout
 from mosaicjax.models.model import Model
 from mosaicjax.optim import Rate
@@ -218,6 +218,19 @@ class DecoderLoss:
         ).nll_B
         return rows_B
 
+    def of_tokens(self, weights: Any, hidden_BLD: Array, batch: Batch, context: Context) -> Array:
+        """The cross-entropy of each target, [B, L], with the logits of `loss.chunk` in memory at a time."""
+        head = self.decoder.head(weights, context)
+
+        def some(part: tuple[Array, Array]) -> Array:
+            logits_BLV = self.decoder.logits(head, part[0], context)
+            return nll(logits_BLV, part[1])[0]
+
+        if not self.loss.chunk:
+            return some((hidden_BLD, batch["targets"]))
+        nll_CBL = jax.lax.map(some, (self.cut(hidden_BLD), self.cut(batch["targets"])))
+        return jnp.moveaxis(nll_CBL, 0, 1).reshape(batch["targets"].shape)
+
     def row_keys(self, batch: Batch, key: Array) -> Array | None:
         """One key a row, where the model drops anything."""
         if not self.decoder.drops:
@@ -245,7 +258,8 @@ class DecoderLoss:
         if not self.loss.chunk:
             return some(head, hidden_BLD, *rows)
 
-        def cut(x: Array) -> Array:
-            return jnp.moveaxis(x.reshape(x.shape[0], -1, self.loss.chunk, *x.shape[2:]), 1, 0)
+        return by_chunks(some, head, self.cut(hidden_BLD), tuple(map(self.cut, rows)))
 
-        return by_chunks(some, head, cut(hidden_BLD), tuple(map(cut, rows)))
+    def cut(self, x: Array) -> Array:
+        """Positions by chunks, [C, B, chunk, ...] of [B, L, ...]."""
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, self.loss.chunk, *x.shape[2:]), 1, 0)

@@ -28,13 +28,15 @@ from mosaicjax.spec import Dtypes
 class Loss:
     """Sums over target tokens: nats, tokens, and the bytes of text that they stand for.
 
-    `parts` are those of each domain, by name, where there is more than one.
+    `parts` are those of each domain, by name, where there is more than one; `told_from` those of targets by
+    how many tokens of their row (or document, where these are isolated) come before them: up to so many.
     """
 
     nats: float
     tokens: int
     text_bytes: int
     parts: Mapping[str, Loss] = field(default_factory=dict)
+    told_from: Mapping[int, Loss] = field(default_factory=dict)
 
     @property
     def per_token(self) -> float:
@@ -46,14 +48,31 @@ class Loss:
         """Units: bits a byte of text."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.inf
 
+    @property
+    def perplexity(self) -> float:
+        """Of a target token."""
+        return math.exp(min(self.per_token, 700.0))
+
     def metrics(self) -> dict[str, float | int]:
         """What a row of metrics says of it."""
         values = {"loss": self.per_token, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
-        values["perplexity"] = math.exp(min(self.per_token, 700.0))
+        values["perplexity"] = self.perplexity
         for name, part in self.parts.items():
             if part.tokens:
                 values |= {f"loss/{name}": part.per_token, f"bits_per_byte/{name}": part.bits_per_byte}
         return values
+
+
+FIRST = 16
+"""Targets with up to so many tokens before them are counted together, then those with up to twice as many."""
+
+
+def bounds_of(seq: int) -> tuple[int, ...]:
+    """Up to how many tokens before a target each group has, the last as many as a row."""
+    bounds = []
+    while (FIRST << len(bounds)) < seq:
+        bounds.append(FIRST << len(bounds))
+    return (*bounds, seq)
 
 
 class Evaluator:
@@ -87,6 +106,7 @@ class Evaluator:
         self.layout = layout
         self.rows = rows
         self._mine = local_rows(layout, rows)
+        self._bounds = bounds_of(held_out.seq)
         self._loss = DecoderLoss(decoder, CrossEntropy(chunk=chunk), dtypes, packed=held_out.isolate)
         sizes = np.zeros(max(decoder.dims["vocab"], len(token_bytes)), np.int32)
         sizes[: len(token_bytes)] = token_bytes
@@ -105,15 +125,27 @@ class Evaluator:
         return {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, **packed}
 
     def _sums(self, weights: Any, batch: Batch, sizes_V: Array) -> tuple[Array, Array, Array]:
-        """Of each row: nats, target tokens, and bytes of their text."""
+        """Of each row and each group of `bounds_of`: nats, target tokens, and bytes of their text, [B, S]."""
         context = self._loss.context(batch, self.layout)
         x_BLD = self._loss.decoder.embed(weights, batch["tokens"], context)
         hidden_BLD = self._loss.decoder.hidden(weights, x_BLD, context).hidden_BLD
-        terms = self._loss.terms(weights, hidden_BLD, batch, context)
+        nll_BL = self._loss.of_tokens(weights, hidden_BLD, batch, context)
         counted_BL = (batch["weights"] > 0).astype(jnp.int32)
-        bytes_B = jnp.sum(jnp.take(sizes_V, batch["targets"], mode="clip") * counted_BL, axis=1)
+        bytes_BL = jnp.take(sizes_V, batch["targets"], mode="clip") * counted_BL
+        # A target at position p has p + 1 tokens before it.
+        before_BL = jnp.broadcast_to(context.positions_BL + 1, nll_BL.shape)
+        group_BL = jnp.searchsorted(jnp.asarray(self._bounds), before_BL)
+        groups_S = jnp.arange(len(self._bounds), dtype=group_BL.dtype)
+        mine_BSL = group_BL[:, None] == groups_S[None, :, None]
+
+        def grouped(values_BL: Array) -> Array:
+            return jnp.sum(
+                jnp.where(mine_BSL, values_BL[:, None], jnp.zeros_like(values_BL)[:, None]), axis=-1
+            )
+
+        weighted_BL = nll_BL * batch["weights"].astype(nll_BL.dtype)
         out = NamedSharding(self.layout.mesh, P())
-        sums = (terms.nll_B, jnp.sum(counted_BL, axis=1), bytes_B)
+        sums = tuple(map(grouped, (weighted_BL, counted_BL, bytes_BL)))
         return jax.tree.map(lambda total: jax.lax.with_sharding_constraint(total, out), sums)
 
     def chosen(self, rows: int) -> list[int]:
@@ -129,7 +161,7 @@ class Evaluator:
         """
         chosen = self.chosen(rows)
         names = self.held_out.names
-        totals = np.zeros((3, len(names)), np.float64)
+        totals = np.zeros((3, len(names), len(self._bounds)), np.float64)
         for first in range(0, len(chosen), self.rows):
             some = chosen[first : first + self.rows]
             sums = jax.device_get(self._compiled(weights, self._batch(some)))
@@ -140,8 +172,9 @@ class Evaluator:
         def loss(nats: float, tokens: float, text_bytes: float, **parts: Any) -> Loss:
             return Loss(float(nats), int(tokens), int(text_bytes), **parts)
 
-        parts = {name: loss(*totals[:, domain]) for domain, name in enumerate(names)}
-        return loss(*totals.sum(axis=1), parts=parts if len(parts) > 1 else {})
+        parts = {name: loss(*totals[:, domain].sum(axis=1)) for domain, name in enumerate(names)}
+        told_from = {most: loss(*totals[:, :, group].sum(axis=1)) for group, most in enumerate(self._bounds)}
+        return loss(*totals.sum(axis=(1, 2)), parts=parts if len(parts) > 1 else {}, told_from=told_from)
 
     def _batch(self, chosen: Sequence[int]) -> dict[str, Array]:
         """Held-out rows on the devices; what is missing to a whole batch has weight 0."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mosaicjax import recipe_file
+from mosaicjax.data.stream import HeldOut
 from mosaicjax.errors import InputError
 from mosaicjax.evaluate.heldout import Evaluator
 from mosaicjax.mesh import Mesh, shardings
@@ -31,11 +32,11 @@ def weights(tiny_run):
     return tree
 
 
-def evaluator(opened, layout, rows, held_out=None):
+def evaluator(opened, layout, rows, held_out=None, chunk=0):
     recipe, data, decoder = opened
     sizes = data.tokenizer.token_bytes
     with tiny.quick():
-        return Evaluator(decoder, layout, recipe.dtypes, held_out or data.held_out, sizes, rows)
+        return Evaluator(decoder, layout, recipe.dtypes, held_out or data.held_out, sizes, rows, chunk)
 
 
 def placed(opened, weights, layout):
@@ -70,6 +71,40 @@ def test_every_held_out_token_counts_once(opened, weights, tiny_store):
         assert found.tokens == targets
         assert found.nats == pytest.approx(nats, rel=1e-5)
         assert found.per_token == pytest.approx(nats / targets, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("isolate", "seq", "chunk"), [(False, 40, 0), (True, 40, 8), (False, 33, 11), (True, 12, 0)]
+)
+def test_losses_by_how_much_comes_before(opened, weights, tiny_store, isolate, seq, chunk):
+    """Each row cut by hand: a target's group is told by its place in its row, or in its document there."""
+    recipe, data, _ = opened
+    separator = data.tokenizer.separator
+    split = data.stores[0].split("validation")
+    held_out = HeldOut({"all": split}, separator=separator, seq=seq, isolate=isolate)
+    layout = layout_of(1)
+    found = evaluator(opened, layout, 3, held_out, chunk)(placed(opened, weights, layout)).told_from
+    tokens = split.tokens(0, len(split))
+    sizes = data.tokenizer.token_bytes
+    expected = {most: [0.0, 0, 0] for most in (16, 32, 64, 128) if most < seq} | {seq: [0.0, 0, 0]}
+    for start in range(0, len(tokens) - 1, seq):
+        piece = tokens[start : start + seq + 1]
+        begins = [i for i in range(len(piece) - 1) if i == 0 or (isolate and piece[i] == separator)]
+        for first, end in zip(begins, [*begins[1:], len(piece) - 1], strict=True):
+            (logits,) = oracle.logits(recipe.model, weights, piece[None, first:end])
+            shifted = logits - logits.max(-1, keepdims=True)
+            logprobs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+            for place in range(end - first):
+                target = piece[first + place + 1]
+                sums = expected[min(most for most in expected if place + 1 <= most)]
+                sums[0] -= logprobs[place, target]
+                sums[1] += 1
+                sums[2] += int(sizes[target])
+    assert list(found) == sorted(expected)
+    for most, (nats, targets, text_bytes) in expected.items():
+        assert (found[most].tokens, found[most].text_bytes) == (targets, text_bytes)
+        assert found[most].nats == pytest.approx(nats, rel=1e-5)
+    assert min(targets for _, targets, _ in expected.values()) > 0
 
 
 def test_eight_devices_are_one(opened, weights):
