@@ -397,7 +397,7 @@ def test_metrics_are_read_while_the_next_step_runs(tiny_recipe, tmp_path):
 
 def test_evaluate_tells_the_bits_of_model_and_gzip(tiny_run, tiny_store, capsys):
     assert tiny.run("evaluate", tiny_run) == 0
-    title, model, packed = capsys.readouterr().out.splitlines()
+    title, model, packed, perplexity, *by_position = capsys.readouterr().out.splitlines()
     documents = held_out_documents(tiny_store)
     size = sum(map(len, documents))
     assert title == f"{tiny_run}, step 6, on {len(documents)} held-out documents of {size:,} bytes:"
@@ -408,6 +408,15 @@ def test_evaluate_tells_the_bits_of_model_and_gzip(tiny_run, tiny_store, capsys)
     # Printed to the whole bit, and its evaluation is compiled anew.
     printed, expected = int(model.split()[1].replace(",", "")), row["loss"] * targets / math.log(2)
     assert printed == pytest.approx(expected, rel=1e-5, abs=0.6)
+    assert float(perplexity.split()[1]) == pytest.approx(math.exp(row["loss"]), rel=1e-3)
+    head, *groups = (line.split() for line in by_position)
+    assert head[:2] == ["tokens", "before"]
+    # Rows of 32; weighed by tokens, the groups make up the whole.
+    assert [line[2] for line in groups] == ["16", "32"]
+    counts = [int(line[-1].replace(",", "")) for line in groups]
+    assert sum(counts) == targets
+    mean = sum(count * float(line[3]) for count, line in zip(counts, groups, strict=True)) / targets
+    assert mean == pytest.approx(row["loss"], rel=1e-4)
 
 
 def held_out_documents(store):

@@ -69,7 +69,7 @@ FIRST = 16
 
 def bounds_of(seq: int) -> tuple[int, ...]:
     """Up to how many tokens before a target each group has, the last as many as a row."""
-    bounds = []
+    bounds: list[int] = []
     while (FIRST << len(bounds)) < seq:
         bounds.append(FIRST << len(bounds))
     return (*bounds, seq)
