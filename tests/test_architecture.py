@@ -58,6 +58,7 @@ FLOORS = {
     "cli": 10,
     "cli_data": 8,
     "cli_eval": 9,
+    "cli_serve": 9,
 }
 
 OUTSIDE = ("tests", "recipes", "benchmarks")
