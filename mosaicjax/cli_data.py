@@ -54,10 +54,11 @@ def add_data(commands: Any, command_of: Callable[..., Any]) -> None:
         "--template",
         default="",
         metavar="NAME|FILE",
-        help="rows are conversations: plain, dolly, alpaca, chatml, llama3, tokenizer (its own), or a file",
+        help="rows are conversations or preference pairs: plain, dolly, alpaca, chatml, llama3, tokenizer"
+        " (its own), or a file",
     )
     build.add_argument(
-        "--format", default="auto", help="of their rows: prompt, instruction, messages or sharegpt"
+        "--format", default="auto", help="of rows: prompt, instruction, messages, sharegpt or preference"
     )
     build.add_argument(
         "--loss-on", default="response", help="or last (the last response alone), or all (every token)"

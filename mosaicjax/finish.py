@@ -8,27 +8,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TextIO
+from dataclasses import replace
+from typing import Any, TextIO
 
 import jax
 
 from mosaicjax import processes, storage
 from mosaicjax.checkpoint import complete_steps
+from mosaicjax.data.held_pairs import HeldOutPairs
 from mosaicjax.errors import InputError
 from mosaicjax.evaluate.compression import gzip_held_out
 from mosaicjax.evaluate.heldout import Evaluator, Loss
+from mosaicjax.evaluate.pairs import PairEvaluator
 from mosaicjax.generate import ONE_DEVICE, Sampling, generate, load_run
 from mosaicjax.hub import start
+from mosaicjax.hub.base import read_base
 from mosaicjax.log import read_rows
 from mosaicjax.mesh import shardings
+from mosaicjax.methods.dpo import PairLoss
 from mosaicjax.models import flops
 from mosaicjax.models.decoder import Decoder
+from mosaicjax.recipe import Recipe
 from mosaicjax.recipe_file import Loaded, from_run
 from mosaicjax.report.curve import draw_curve
 from mosaicjax.report.live import LiveLine, format_count
 from mosaicjax.report.summary import SUMMARY, summary_line, write_summary
 from mosaicjax.run import Ready, chips_text, epochs, prepare
 from mosaicjax.run_data import open_data
+from mosaicjax.spec import Spec
 from mosaicjax.train import Profile, Run, Score, train
 
 SAMPLE_TOKENS = 120
@@ -138,7 +145,7 @@ def draw(out: str) -> None:
 
 
 def evaluate_run(out: str) -> Iterator[str]:
-    """Lines on a run's held-out bits: the model's over all held-out documents, and gzip's.
+    """Lines on a run's held-out bits: the model's over all held-out documents, and gzip's; or on its pairs.
 
     Raises:
         InputError: no checkpoint, or its data are gone.
@@ -155,6 +162,14 @@ def evaluate_run(out: str) -> Iterator[str]:
     spec = decoder.spec()
     abstract = spec.abstract(program.dtypes.param, shardings(spec, layout))
     weights = start.weights(out, steps[-1], abstract)
+    if isinstance(program.loss, PairLoss):
+        assert isinstance(data.held_out, HeldOutPairs), "a recipe with DPO reads pairs"
+        plain = replace(program.loss, of_tokens=replace(program.loss.of_tokens, decoder=decoder))
+        places = (abstract, abstract)
+        paired = PairEvaluator(plain, layout, data.held_out, program.phase.microbatch, places)
+        scores = paired((weights, _began_with(out, recipe, spec, abstract)))
+        yield f"{out}, step {steps[-1]:,}: held-out loss {scores}"
+        return
     sizes = data.tokenizer.token_bytes
     rows, chunk = program.phase.microbatch, recipe.loss.chunk
     evaluator = Evaluator(decoder, layout, program.dtypes, data.held_out, sizes, rows, chunk)
@@ -182,6 +197,15 @@ def table(title: str, parts: Mapping[str, Loss]) -> Iterator[str]:
             f"  {name:{wide}}  {part.per_token:8.4f}  {part.perplexity:10,.2f}  {part.bits_per_byte:9.4f}"
             f"  {part.tokens:12,}"
         )
+
+
+def _began_with(out: str, recipe: Recipe, spec: Spec, abstract: Any) -> Any:
+    """The weights that a run compares with."""
+    if recipe.init_from:
+        base = read_base(out)
+        return start.weights(base.path, base.step, abstract)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return spec.init(jax.random.key(recipe.seed), recipe.dtypes.param, places)
 
 
 def write_completions(model: str, prompts: Sequence[str], settings: Sampling, stream: TextIO) -> None:

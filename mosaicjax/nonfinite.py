@@ -24,8 +24,8 @@ def first_nonfinite(step: Step, decoder: Model, trainable: Any, frozen: Any, bat
     The forward pass is looked at from the embeddings on, then the loss; if all of it is finite, the
     gradients from the head back to the embeddings.
     """
-    # Of a loss on some rows, that on all of them.
-    loss = getattr(step.program.loss, "of_all", step.program.loss)
+    # Of a loss on some rows, that on all of them; of one that compares answers, that of their tokens.
+    loss = getattr(step.program.loss, "of_all", getattr(step.program.loss, "of_tokens", step.program.loss))
     if not isinstance(loss, DecoderLoss):
         return "the loss (its parts cannot be told apart)"
     measured = replace(loss, measure=True)

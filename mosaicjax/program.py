@@ -15,12 +15,14 @@ from mosaicjax.errors import InputError
 from mosaicjax.layers.context import Context
 from mosaicjax.losses import CrossEntropy, TokenLoss, by_chunks, nll
 from mosaicjax.mesh import Layout
+from mosaicjax.models.decoder import Output
 from mosaicjax.models.model import Model
 from mosaicjax.optim import Rate
-from mosaicjax.spec import Dtypes, Spec, join
+from mosaicjax.spec import Dtypes, Spec, at_least_float32, join
 
 ACTIVATION_SQUARES = "activation_mean_square"
 DOMAIN_NLL, DOMAIN_TOKENS = "domain_nll", "domain_tokens"
+TOKENS = "tokens"
 
 Batch = Mapping[str, Array]
 """`tokens`, `targets`, `weights` [B, L]; `row` [B], each row's number in the global batch; packed rows also
@@ -31,7 +33,8 @@ class Loss(Protocol):
     """A loss over one microbatch, or over one shard of it.
 
     Returns the weighted sum to differentiate, the sum of weights, metrics as weighted sums (the step divides
-    them by the weight), and the program's state.
+    them by the weight), and the program's state. Where the weight counts something else than target tokens,
+    the metrics have these under `TOKENS`, which the step does not divide.
     """
 
     def __call__(
@@ -56,7 +59,7 @@ It begins as a copy of the first weights, and is held in float32 where they are 
 
 Regrade = Callable[[Any, Any, Array, Callable[[Any], Any]], Any]
 """The gradients to step with: from the weights, their gradients, the steps done before, and a function that
-gives the gradients of the same rows at other weights. All are means times the step's target tokens."""
+gives the gradients of the same rows at other weights. All are means times the step's weight."""
 
 Evaluated = Callable[[Any, Any], Any]
 """The weights that a model is used with, out of those that are stepped from and the optimizer's state."""
@@ -92,10 +95,11 @@ class Program:
     """What a train step is made of. A method maps one to another.
 
     `frozen` weights are an argument of the step, never part of it: where there are any, both trees have the
-    model's form, with None for what is in the other (`spec.join`). `optimizer` is built for all weights and
-    meets such trees: its own, of masks or labels, come first where it maps over both. `state` is what a loss
-    carries from step to step. `applied` names the methods so far, `steps` are the run's. `heavy`: updates
-    cost more to compute anew than to hold.
+    model's form, with None for what is in the other (`spec.join`). `referenced`: the loss compares with the
+    trainable weights as the run began with them, and finds them beside the frozen ones (`Referenced`).
+    `optimizer` is built for all weights and meets such trees: its own, of masks or labels, come first where
+    it maps over both. `state` is what a loss carries from step to step. `applied` names the methods so far,
+    `steps` are the run's. `heavy`: updates cost more to compute anew than to hold.
 
     Evaluation, samples, generation and export use the running `average` where there is one, or what
     `evaluated` makes of weights and optimizer state, else the weights that are trained. `regrade` says with
@@ -116,6 +120,7 @@ class Program:
     evaluated: Evaluated | None = None
     regrade: Regrade | None = None
     steps: int = 1
+    referenced: bool = False
 
     def refine(self, method: object, **changes: Any) -> Program:
         """This program with changes, and the method that made them on record.
@@ -183,8 +188,7 @@ class DecoderLoss:
         """See `Loss`."""
         context = self.context(batch, layout, self.row_keys(batch, key))
         weights = join(trainable, frozen)
-        x_BLD = self.decoder.embed(weights, batch["tokens"], context)
-        output = self.decoder.hidden(weights, x_BLD, context, measure=self.measure)
+        output = self.forward(weights, batch, context, measure=self.measure)
         terms = self.terms(weights, output.hidden_BLD, batch, context)
         weight = jnp.sum(batch["weights"].astype(terms.nll.dtype))
         metrics = {"loss": terms.nll}
@@ -200,36 +204,41 @@ class DecoderLoss:
             added, routed = output.routing.losses(weight, layout)
             objective, metrics = objective + added, metrics | routed
         if self.measure:
-            assert output.rms_N is not None
-            first = [] if output.embed_rms is None else [output.embed_rms[None]]
-            measured = jnp.concatenate([*first, output.rms_N])
-            # Squares, which the step averages over rows before it takes the root.
-            squares = jnp.square(jax.lax.stop_gradient(measured).astype(weight.dtype))
-            metrics[ACTIVATION_SQUARES] = squares * weight
+            metrics[ACTIVATION_SQUARES] = squares(output, weight)
         return objective, weight, metrics, state
 
     def of_rows(self, trainable: Any, frozen: Any, batch: Batch, key: Array, layout: Layout) -> Array:
         """The cross-entropy of each row, summed over its target tokens, as training would see it, [B]."""
         context = self.context(batch, layout, self.row_keys(batch, key))
         weights = join(trainable, frozen)
-        x_BLD = self.decoder.embed(weights, batch["tokens"], context)
-        rows_B: Array = self.terms(
-            weights, self.decoder.hidden(weights, x_BLD, context).hidden_BLD, batch, context
-        ).nll_B
+        output = self.forward(weights, batch, context)
+        rows_B: Array = self.terms(weights, output.hidden_BLD, batch, context).nll_B
         return rows_B
 
-    def of_tokens(self, weights: Any, hidden_BLD: Array, batch: Batch, context: Context) -> Array:
-        """The cross-entropy of each target, [B, L], with the logits of `loss.chunk` in memory at a time."""
+    def forward(self, weights: Any, batch: Batch, context: Context, *, measure: bool = False) -> Output:
+        """What the logits of every token are read from."""
+        x_BLD = self.decoder.embed(weights, batch["tokens"], context)
+        return self.decoder.hidden(weights, x_BLD, context, measure=measure)
+
+    def nll(self, weights: Any, hidden_BLD: Array, batch: Batch, context: Context) -> Array:
+        """The cross-entropy of every target, in float32 at least; logits of `loss.chunk` positions at a time.
+
+        Backward those are made once more: what a token's is worth may be known after the last chunk alone.
+
+        Shapes: [B, L], targets that bear no loss among them.
+        """
         head = self.decoder.head(weights, context)
 
-        def some(part: tuple[Array, Array]) -> Array:
-            logits_BLV = self.decoder.logits(head, part[0], context)
-            return nll(logits_BLV, part[1])[0]
+        def some(hidden_BLD: Array, targets_BL: Array) -> Array:
+            logits_BLV = self.decoder.logits(head, hidden_BLD, context)
+            return nll(logits_BLV.astype(at_least_float32(logits_BLV.dtype)), targets_BL)[0]
 
+        targets_BL = batch["targets"]
         if not self.loss.chunk:
-            return some((hidden_BLD, batch["targets"]))
-        nll_CBL = jax.lax.map(some, (self.cut(hidden_BLD), self.cut(batch["targets"])))
-        return jnp.moveaxis(nll_CBL, 0, 1).reshape(batch["targets"].shape)
+            return some(hidden_BLD, targets_BL)
+        parts = self._cut(hidden_BLD), self._cut(targets_BL)
+        nll_CBL = jax.lax.map(jax.checkpoint(lambda part: some(*part)), parts)
+        return jnp.moveaxis(nll_CBL, 0, 1).reshape(targets_BL.shape)
 
     def row_keys(self, batch: Batch, key: Array) -> Array | None:
         """One key a row, where the model drops anything."""
@@ -257,9 +266,18 @@ class DecoderLoss:
         rows = (batch["targets"], batch["weights"])
         if not self.loss.chunk:
             return some(head, hidden_BLD, *rows)
+        return by_chunks(some, head, self._cut(hidden_BLD), tuple(map(self._cut, rows)))
 
-        return by_chunks(some, head, self.cut(hidden_BLD), tuple(map(self.cut, rows)))
+    def _cut(self, x_BL: Array) -> Array:
+        return jnp.moveaxis(x_BL.reshape(x_BL.shape[0], -1, self.loss.chunk, *x_BL.shape[2:]), 1, 0)
 
-    def cut(self, x: Array) -> Array:
-        """Positions by chunks, [C, B, chunk, ...] of [B, L, ...]."""
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, self.loss.chunk, *x.shape[2:]), 1, 0)
+
+def squares(output: Output, weight: Array) -> Array:
+    """The mean square at each measured place, times a weight: the step averages these, and takes the root.
+
+    Shapes: [places].
+    """
+    assert output.rms_N is not None, "measured"
+    first = [] if output.embed_rms is None else [output.embed_rms[None]]
+    measured = jnp.concatenate([*first, output.rms_N])
+    return jnp.square(jax.lax.stop_gradient(measured).astype(weight.dtype)) * weight

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from mosaicjax.data.mixture import TrainingData
+from mosaicjax.data.mixture import Rows, TrainingData
 from mosaicjax.data.phased import begin_of
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.kernels.flash_attention import Implementation
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
+from mosaicjax.methods.dpo import DPO
 from mosaicjax.methods.lora import LoRA
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.models.family import Family
@@ -180,6 +181,7 @@ class Recipe:
             )
         self.tasks.check()
         self._check_adapters()
+        self._check_pairs()
         model = self.model.build()
         model.check(self.seq)
         self.loss.check(self.seq)
@@ -224,6 +226,24 @@ class Recipe:
                 "LoRA with Muon, which tells matrices by the axes of the model's own weights",
                 expected="another optimizer, such as AdamW",
                 got="Muon",
+            )
+
+    def _check_pairs(self) -> None:
+        """Refuse pairs of answers without what learns from them, and the other way round.
+
+        Raises:
+            InputError: with the way out.
+        """
+        compares = any(isinstance(method, DPO) for method in self.methods)
+        if compares and self.data.rows is not Rows.PAIRS:
+            raise InputError(
+                "the method DPO learns from preference pairs",
+                expected="data.rows PAIRS, of a store built from rows with chosen and rejected",
+                got=self.data.rows.name,
+            )
+        if not compares and self.data.rows is Rows.PAIRS:
+            raise InputError(
+                "data.rows PAIRS without a method that compares their answers", fix="methods=(..., DPO())"
             )
 
     def in_phase(self, number: int) -> Recipe:

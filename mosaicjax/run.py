@@ -29,7 +29,7 @@ from mosaicjax.models.model import Model
 from mosaicjax.recipe import Recipe
 from mosaicjax.recipe_file import Loaded
 from mosaicjax.run_data import Data, open_data
-from mosaicjax.spec import split, whole_spec
+from mosaicjax.spec import Referenced, split, whole_spec
 from mosaicjax.step import Step, TrainState
 
 TOKENIZER = "tokenizer"
@@ -86,7 +86,8 @@ class Hardware:
 class Ready:
     """All that the loop needs, with nothing of it started; `decoders`, `steps` and FLOPs are by phase.
 
-    `base` says where the weights lie that adapters stand on; None where the run has all weights itself.
+    `base` says where the weights lie that adapters stand on, or that a loss compares with; None where the
+    run has all weights itself.
     `grows` says how tables of tokens become longer than those of `init_from`.
     """
 
@@ -158,11 +159,16 @@ def prepare(loaded: Loaded, out: str, say: Callable[[str], None]) -> Ready:
             cursor = read_cursor(out, latest, data)
             data = replace(data, stream=data.stream.skipping({*recipe.skips, *cursor.rolled_back}))
         base = grows = None
-        if saved.adapts(made[0]):
+        if saved.adapts(made[0]) or (program.referenced and recipe.init_from):
             base = read_base(out) if latest >= 0 else find_base(recipe.init_from)
         if latest < 0 and recipe.init_from:
             spec = each[0][0].spec()
             grows = start.find_growth(recipe.init_from, spec, data.tokenizer)
+            if grows and program.referenced:
+                raise InputError(
+                    f"DPO with tokens new to {recipe.init_from}, of which the reference knows nothing",
+                    fix="a first run of these tokens that it begins from",
+                )
             if grows and base is not None:
                 raise InputError(
                     f"LoRA with tokens new to {recipe.init_from}, whose rows would stay as they begin",
@@ -256,7 +262,7 @@ def hardware(recipe: Recipe) -> Hardware:
 
 
 def first_state(ready: Ready) -> tuple[TrainState, Any]:
-    """State and frozen weights that the cursor points at: restored, from other weights, or from the seed.
+    """State and what a step holds beside it, as the cursor says: restored, from other weights, or drawn.
 
     Raises:
         InputError: a checkpoint of other weights.
@@ -268,17 +274,34 @@ def first_state(ready: Ready) -> tuple[TrainState, Any]:
         with Checkpoints(ready.out) as checkpoints:
             held = checkpoints.restore(ready.cursor.step, saved.abstract(step))
         state, frozen = saved.parts(step, held)
-    if base is not None:
+    if saved.adapts(step):
+        assert base is not None, "adapters stand on weights"
         frozen = start.weights(base.path, base.step, step.abstract_frozen())
         return state or step.init(), frozen
-    if state is not None:
-        return state, frozen
-    if recipe.init_from:
-        spec = whole_spec(step.program.trainable, step.program.frozen)
-        weights = start.begin(recipe.init_from, spec, ready.grows, saved.abstract_weights(step), recipe.seed)
-        trainable, frozen = split(weights, step.program.trainable, step.program.frozen)
-        return step.start(trainable), frozen
-    return step.init(), step.init_frozen()
+    if state is None and recipe.init_from:
+        trainable, frozen = split(began(ready), step.program.trainable, step.program.frozen)
+        state = step.start(trainable)
+    elif state is None:
+        state, frozen = step.init(), step.drawn(step.program.frozen)
+    return state, Referenced(frozen, reference(ready)) if step.program.referenced else frozen
+
+
+def began(ready: Ready) -> Any:
+    """The weights of `init_from`: those of the checkpoint that the run stands on, where it remembers one."""
+    step, recipe, base = ready.step, ready.recipe, ready.base
+    abstract = saved.abstract_weights(step)
+    if base is not None:
+        return start.weights(base.path, base.step, abstract)
+    spec = whole_spec(step.program.trainable, step.program.frozen)
+    return start.begin(recipe.init_from, spec, ready.grows, abstract, recipe.seed)
+
+
+def reference(ready: Ready) -> Any:
+    """The trainable weights as the run began with them: read again where they lie, or drawn again."""
+    program = ready.step.program
+    if not ready.recipe.init_from:
+        return ready.step.drawn(program.trainable)
+    return split(began(ready), program.trainable, program.frozen)[0]
 
 
 def record(ready: Ready, program: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mosaicjax.data import mixture
+from mosaicjax.data.held_pairs import ANSWERS, HeldOutPairs
 from mosaicjax.data.packing import Packing
 from mosaicjax.data.phased import Phased, taken_before
 from mosaicjax.data.rows import Contiguous, Packed, SplitRows
@@ -27,7 +28,7 @@ class Data:
 
     stores: tuple[Store, ...]
     stream: Phased
-    held_out: HeldOut | None
+    held_out: HeldOut | HeldOutPairs | None
     digests: tuple[str, ...]
     """Of the training tokens, up to each phase."""
 
@@ -46,7 +47,8 @@ def open_data(recipe: Recipe) -> Data:
     """Open and verify the recipe's stores, before any device starts.
 
     Raises:
-        InputError: no store, a damaged shard, a tokenizer larger than the model's vocabulary, too few tokens.
+        InputError: no store, a damaged shard, a tokenizer larger than the model's vocabulary, too few tokens,
+            preference pairs read as something else or longer than a row, or something else read as pairs.
     """
     phases = [recipe.in_phase(number) for number in range(len(recipe.phases) + 1)]
     paths = list(dict.fromkeys(path for phase in phases for path in phase.data.stores().values()))
@@ -67,9 +69,12 @@ def open_data(recipe: Recipe) -> Data:
         streams.append(_stream(phase, stores, begin, streams))
     last = phases[-1]
     validation = {name: stores[path].split("validation") for name, path in last.data.stores().items()}
-    held_out = None
+    held_out: HeldOut | HeldOutPairs | None = None
     if any(split.counts.documents for split in validation.values()) or recipe.eval.every:
-        held_out = HeldOut(validation, separator=first.separator, seq=last.seq, isolate=last.data.isolate)
+        if last.data.rows is mixture.Rows.PAIRS:
+            held_out = HeldOutPairs(validation, separator=first.separator, seq=last.seq)
+        else:
+            held_out = HeldOut(validation, separator=first.separator, seq=last.seq, isolate=last.data.isolate)
     return Data(tuple(stores.values()), Phased(streams), held_out, _digests(phases, stores))
 
 
@@ -104,15 +109,37 @@ def _stream(recipe: Recipe, stores: Mapping[str, Store], begin: int, before: Seq
 
 
 def _rows(store: Store, recipe: Recipe) -> SplitRows:
-    split = store.split("train")
-    if recipe.data.rows is not mixture.Rows.BEST_FIT:
+    split, kind = store.split("train"), recipe.data.rows
+    check_kind(store, kind)
+    if kind is mixture.Rows.CONCATENATED:
         return Contiguous(split, recipe.seq)
+    together = ANSWERS if kind is mixture.Rows.PAIRS else 1
     if split.counts.documents < MANY_DOCUMENTS:
-        return Packed(Packing.of(split, recipe.seq))
+        return Packed(Packing.of(split, recipe.seq, together=together))
     try:
         cache = store.cache
     except InputError as error:
         print(f"{error}; how documents are packed is not kept", file=sys.stderr, flush=True)
-        return Packed(Packing.of(split, recipe.seq))
+        return Packed(Packing.of(split, recipe.seq, together=together))
     name = digest(store.manifest.files, "train/documents/")
-    return Packed(Packing.kept(split, recipe.seq, cache, name))
+    return Packed(Packing.kept(split, recipe.seq, cache, name, together=together))
+
+
+def check_kind(store: Store, kind: mixture.Rows) -> None:
+    """Refuse preference pairs that are read as something else, and something else that is read as pairs.
+
+    Raises:
+        InputError: with the way out.
+    """
+    if store.manifest.settings.pairs and kind is not mixture.Rows.PAIRS:
+        raise InputError(
+            f"{store.path} holds preference pairs",
+            expected="data.rows PAIRS, and the method DPO",
+            got=kind.name,
+            fix="--data.rows PAIRS, or a store of conversations",
+        )
+    if kind is mixture.Rows.PAIRS and not store.manifest.settings.pairs:
+        raise InputError(
+            f"{store.path} holds no preference pairs, as data.rows PAIRS has them",
+            fix="data build --template NAME of rows with chosen and rejected",
+        )

@@ -15,12 +15,12 @@ from mosaicjax.adapters import has_adapters
 from mosaicjax.hub.base import ADAPTERS
 from mosaicjax.hub.read import FIELD, USED
 from mosaicjax.mesh import shardings
-from mosaicjax.spec import join, split, whole_spec
+from mosaicjax.spec import join, only_frozen, split, whole_spec
 from mosaicjax.step import Step, TrainState
 
 
 def fields(step: Step, state: TrainState, frozen: Any) -> dict[str, Any]:
-    """What is saved, by field."""
+    """What is saved, by field; a reference is not."""
     held = {"step": state.step, "optimizer": state.optimizer, "program": state.program}
     averages = _averages(step, state)
     if adapts(step):
@@ -28,7 +28,7 @@ def fields(step: Step, state: TrainState, frozen: Any) -> dict[str, Any]:
         return held if averages is None else held | {USED: averages}
     held[FIELD] = join(state.trainable, frozen)
     if averages is not None:
-        held[USED] = join(averages, _where_both(averages, frozen))
+        held[USED] = join(averages, _where_both(averages, only_frozen(frozen)))
     return held
 
 

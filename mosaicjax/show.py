@@ -17,7 +17,7 @@ from mosaicjax.models.decoder import Decoder
 from mosaicjax.recipe import Recipe
 from mosaicjax.report.live import format_count
 from mosaicjax.run_data import open_data
-from mosaicjax.spec import Spec, whole_spec
+from mosaicjax.spec import Referenced, Spec, only_frozen, whole_spec
 from mosaicjax.step import Step
 
 GIB = 2**30
@@ -98,7 +98,10 @@ def memory(step: Step, devices: int) -> Iterator[str]:
         "optimizer": shard_bytes(state.optimizer),
         "batch": shard_bytes(step.abstract_batch()),
     }
-    for name, tree in (("average", state.average), ("frozen", step.abstract_frozen())):
+    held = step.abstract_frozen()
+    reference = held.reference if isinstance(held, Referenced) else {}
+    beside = {"average": state.average, "frozen": only_frozen(held), "reference": reference}
+    for name, tree in beside.items():
         if jax.tree.leaves(tree):
             parts[name] = shard_bytes(tree)
     mesh = " x ".join(f"{name} {size}" for name, size in step.layout.mesh.shape.items())

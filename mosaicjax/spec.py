@@ -257,6 +257,24 @@ class Spec:
         return draw
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("frozen", "reference"), meta_fields=())
+@dataclass(frozen=True)
+class Referenced:
+    """Frozen weights, and beside them the trainable ones as the run began with them.
+
+    A step whose loss compares with those takes it in place of the frozen weights alone. `reference` is a tree
+    like the trainable one.
+    """
+
+    frozen: Any
+    reference: Any
+
+
+def only_frozen(held: Tree) -> Tree:
+    """The frozen weights that a step holds, without those of a reference."""
+    return held.frozen if isinstance(held, Referenced) else held
+
+
 def whole_spec(trainable: Spec, frozen: Spec) -> Spec:
     """The declarations of all weights, see `join`."""
     return (
@@ -269,8 +287,9 @@ def join(trainable: Tree, frozen: Tree) -> Tree:
 
     Each of the trees has None where the other has the whole weight; of a stacked weight that is in both, the
     first layers are the frozen ones. Where the trainable tree has an adapter, the frozen weight comes with it
-    (`Adapted`). An empty `frozen` stands for none.
+    (`Adapted`). An empty `frozen` stands for none; a reference beside it is left out.
     """
+    frozen = only_frozen(frozen)
     return _joined(trainable, frozen, _stacked_on) if frozen else trainable
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,12 +23,13 @@ from mosaicjax.program import (
     ACTIVATION_SQUARES,
     DOMAIN_NLL,
     DOMAIN_TOKENS,
+    TOKENS,
     Batch,
     Measured,
     Phase,
     Program,
 )
-from mosaicjax.spec import Param, Spec, Tree, at_least_float32, is_param, path_name
+from mosaicjax.spec import Param, Referenced, Spec, Tree, at_least_float32, is_param, path_name
 
 
 @struct.dataclass
@@ -59,7 +61,7 @@ class Signals:
 
 @struct.dataclass
 class SummedGrads:
-    """Gradients summed over target tokens, what makes means of them, and the means' norm."""
+    """Gradients summed over what the loss counts, what makes means of them, and the means' norm."""
 
     tree: Any
     share: Any
@@ -122,17 +124,21 @@ class Step:
 
     def init(self) -> TrainState:
         """The state before the first step, drawn from the seed straight onto its shards."""
-        program = self.program
-        trainable = program.trainable.init(
-            jax.random.key(self.seed), program.dtypes.param, shardings(program.trainable, self.layout)
-        )
-        return self.start(trainable)
+        return self.start(self.drawn(self.program.trainable))
 
     def init_frozen(self) -> Any:
-        """The frozen weights, drawn as `init` draws."""
-        frozen = self.program.frozen
-        key = jax.random.key(self.seed)
-        return frozen.init(key, self.program.dtypes.param, shardings(frozen, self.layout))
+        """The frozen weights, and those of a reference, drawn as `init` draws."""
+        return self.held(self.drawn)
+
+    def drawn(self, spec: Spec) -> Any:
+        """Weights drawn from the seed straight onto their shards."""
+        return spec.init(jax.random.key(self.seed), self.program.dtypes.param, shardings(spec, self.layout))
+
+    def held(self, made: Callable[[Spec], Any]) -> Any:
+        """What a step takes beside the state, as made of the declarations: see `Referenced`."""
+        program = self.program
+        frozen = made(program.frozen)
+        return Referenced(frozen, made(program.trainable)) if program.referenced else frozen
 
     def start(self, trainable: Any) -> TrainState:
         """The state before the first step, from given weights."""
@@ -194,9 +200,9 @@ class Step:
         )
 
     def abstract_frozen(self) -> Any:
-        """Shapes and places of the frozen weights."""
-        frozen = self.program.frozen
-        return frozen.abstract(self.program.dtypes.param, shardings(frozen, self.layout))
+        """Shapes and places of the frozen weights, and of a reference's."""
+        dtype = self.program.dtypes.param
+        return self.held(lambda spec: spec.abstract(dtype, shardings(spec, self.layout)))
 
     def lower(self) -> Any:
         """The step, lowered for the layout's devices; `.compile()` gives what the loop calls.
@@ -241,7 +247,7 @@ class Step:
             metrics[DOMAIN_TOKENS] = sums[DOMAIN_TOKENS]
         norm = optax.tree.norm(grads)
         metrics |= {
-            "tokens": weight,
+            TOKENS: sums.get(TOKENS, weight),
             "grad_norm": norm * share.astype(norm.dtype),
             "lr": jnp.asarray(program.rate(state.step)),
         }
@@ -332,7 +338,7 @@ class Step:
         manual = set(layout.batch_axes)
         skip = tuple(name for name in layout.mesh.axis_names if name not in manual)
         inner = partial(layout.weight_partition, skip=skip)
-        weights, held = program.trainable.map(inner), program.frozen.map(inner)
+        weights, held = program.trainable.map(inner), self.held(lambda spec: spec.map(inner))
         rows = {name: layout.partition(names) for name, (_, _, names) in self.batch_shapes().items()}
         sharded = jax.shard_map(
             shard,

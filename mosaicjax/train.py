@@ -17,7 +17,9 @@ from mosaicjax import processes, saved, storage
 from mosaicjax.checkpoint import Checkpoints
 from mosaicjax.clocks import Clocks
 from mosaicjax.errors import Diverged, InputError
-from mosaicjax.evaluate.heldout import Evaluator, Loss
+from mosaicjax.evaluate.heldout import Loss
+from mosaicjax.evaluate.of_run import Measure, measure_of
+from mosaicjax.evaluate.pairs import PairScores
 from mosaicjax.feed import Feed
 from mosaicjax.hardware import cost_usd, mfu
 from mosaicjax.host_memory import Lent
@@ -27,7 +29,7 @@ from mosaicjax.plan.kept import planned
 from mosaicjax.program import DOMAIN_TOKENS
 from mosaicjax.recipe import WHOLE
 from mosaicjax.report.live import LiveLine, Mfu, Progress
-from mosaicjax.report.summary import Heldout, Outcome
+from mosaicjax.report.summary import Heldout, HeldoutPairs, Outcome
 from mosaicjax.roll_back import rolled_back
 from mosaicjax.run import Ready, first_state, record, resume_row
 from mosaicjax.spikes import RollBack, Spiked
@@ -71,11 +73,11 @@ class Run:
         self.tokens = ready.cursor.tokens
         self.said = GO
         self.last_loss = float("nan")
-        self.held_out: Loss | None = None
+        self.held_out: Loss | PairScores | None = None
         self.saved = ready.cursor.step
         self.rolled_back_from: Spiked | None = None
         self._pending: tuple[int, dict[str, Array], dict[str, Array]] | None = None
-        self._evaluator: Evaluator | None = None
+        self._measure: Measure | None = None
         self._temporaries: Lent | None = None
         self.losses: deque[float] = deque(ready.cursor.recent, maxlen=self.recipe.on_spike.watched)
         self._recent: deque[tuple[float, float]] = deque(maxlen=SPEED_STEPS)
@@ -276,24 +278,12 @@ class Run:
         held_out = self.ready.data.held_out
         if held_out is None:
             return
-        if self._evaluator is None:
-            # The last phase's rows, whatever the phase: one loss to compare over the whole run.
-            program = self.ready.steps[-1].program
-            sizes = self.ready.data.tokenizer.token_bytes
+        if self._measure is None:
             with self.clocks.timed("compile"):
-                self._evaluator = Evaluator(
-                    self.ready.decoder,
-                    self.ready.step.layout,
-                    program.dtypes,
-                    held_out,
-                    sizes,
-                    program.phase.microbatch,
-                    self.recipe.loss.chunk,
-                    saved.abstract_used(self.ready.step) if saved.adapts(self.ready.step) else None,
-                )
+                self._measure = measure_of(self.ready, held_out)
         began = time.perf_counter()
         try:
-            self.held_out = self._evaluator(self.weights(), rows)
+            self.held_out = self._measure(self.weights(), self.frozen, rows)
         except InputError:
             if self.number > self.saved:
                 self.save()
@@ -304,10 +294,7 @@ class Run:
         if self.logged("eval") is None:
             self.log.write("eval", self.number, values, {"seconds": seconds})
         if self.primary:
-            self.line.say(
-                f"step {self.number:,}: held-out loss {self.held_out.per_token:.4f},"
-                f" {self.held_out.bits_per_byte:.4f} bits/byte"
-            )
+            self.line.say(f"step {self.number:,}: held-out loss {self.held_out}")
         self._mark = time.perf_counter()
 
     def score_tasks(self) -> None:
@@ -423,14 +410,18 @@ class Run:
     def outcome(self) -> Outcome:
         """What the run came to so far."""
         held_out, hardware = self.held_out, self.ready.hardware
+        if isinstance(held_out, PairScores):
+            heldout: Heldout | HeldoutPairs | None = HeldoutPairs(held_out.loss, held_out.measures())
+        elif held_out is not None:
+            heldout = Heldout(held_out.per_token, held_out.text_bytes / held_out.tokens)
+        else:
+            heldout = None
         return Outcome(
             steps=self.number,
             tokens=self.tokens,
             seconds=self.clocks.seconds(),
             train_loss=self.last_loss,
-            heldout=None
-            if held_out is None
-            else Heldout(held_out.per_token, held_out.text_bytes / held_out.tokens),
+            heldout=heldout,
             chip=hardware.name,
             chips=hardware.chips,
             price=hardware.price,

@@ -33,6 +33,7 @@ from mosaicjax.layers.token_inputs import Bigram, Smear
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
 from mosaicjax.methods.clip import ClipGradients
+from mosaicjax.methods.dpo import DPO
 from mosaicjax.methods.ema import Ema
 from mosaicjax.methods.sam import Sam
 from mosaicjax.methods.swa import Swa
@@ -121,7 +122,7 @@ RECIPES = some(
     data=DATA,
     optimizer=OPTIMIZERS,
     loss=some(CrossEntropy),
-    methods=st.lists(st.one_of(map(some, (ClipGradients, Ema, Swa, Sam))), max_size=2).map(tuple),
+    methods=st.lists(st.one_of(map(some, (ClipGradients, DPO, Ema, Swa, Sam))), max_size=2).map(tuple),
     skips=st.lists(SIZES, max_size=3).map(tuple),
     on_spike=st.one_of(some(kind) for kind in (Ignore, Stop, RollBack)),
     mesh=some(

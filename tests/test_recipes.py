@@ -178,6 +178,7 @@ PUBLISHED = {
 # Fine-tuned from the weights of another recipe's model.
 STARTED_FROM = {
     "instruct": "quickstart",
+    "preference": "quickstart",
     "dolly_gptj_6b": "gptj_6b",
     "dolly_pythia_2_8b": "pythia_2_8b",
     "mpt_7b_instruct": "mpt_7b",

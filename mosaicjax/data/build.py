@@ -26,6 +26,7 @@ from pathlib import Path
 from mosaicjax import storage
 from mosaicjax.data.arrays import CHUNK_TOKENS, token_dtype
 from mosaicjax.data.chat import Chat
+from mosaicjax.data.conversations import Format
 from mosaicjax.data.documents import Documents, open_sources
 from mosaicjax.data.filters import Filter, described
 from mosaicjax.data.fim import PSM, SPM, FillInMiddle
@@ -44,6 +45,7 @@ from mosaicjax.data.manifest import (
     structure,
     write_json,
 )
+from mosaicjax.data.marked import Pair
 from mosaicjax.data.parts import PartSettings, tokenise
 from mosaicjax.data.shards import ShardWriter, shuffle, write_documents
 from mosaicjax.data.spark import Spark
@@ -94,7 +96,7 @@ def build(
     a share of the training documents for fill-in-the-middle. `filters` are functions of a document's text, of
     modules that worker processes can import, true for what to keep. `drop_duplicates` keeps one document of
     each text. `engine` decides nothing about the store. With `chat` rows are conversations, of which some
-    tokens bear loss.
+    tokens bear loss, or preference pairs, if the first row is one: two documents each, one after the other.
 
     Raises: InputError for sources, a tokenizer or filters that cannot be used, a directory that holds
         something else, was begun with other settings or is being built by another process, and sources that
@@ -116,6 +118,9 @@ def build(
     if chat is not None and fim and fim.rate:
         raise InputError("fill-in-the-middle of conversations", expected="text", fix="a build without --fim")
     documents = open_sources(sources, include=include, exclude=exclude, field=field, rows=chat)
+    if chat is not None and chat.format is Format.AUTO and _begins_with_pair(documents):
+        chat = chat.of_pairs()
+        documents = open_sources(sources, include=include, exclude=exclude, field=field, rows=chat)
     settings = Settings(
         sources=documents.given,
         source_files=len(documents.sources),
@@ -133,6 +138,12 @@ def build(
         drop_duplicates=drop_duplicates,
         chat=chat,
     )
+    if settings.pairs and (filters or drop_duplicates):
+        raise InputError(
+            f"{'--filter' if filters else '--drop-duplicates'} with preference pairs, of which one answer"
+            " could go without the other",
+            fix="rows without those pairs",
+        )
     with _held(out):
         if (out / NAME).exists():
             finished = read_manifest(out)
@@ -147,6 +158,11 @@ def build(
             raise InputError(
                 f"the build of {out} cannot go on", got=storage.one_line(error), fix=GOES_ON
             ) from error
+
+
+def _begins_with_pair(documents: Documents) -> bool:
+    """Whether the first row of the sources is a preference pair."""
+    return isinstance(next(iter(documents)).content, Pair)
 
 
 def _check_layout(workers: int, layout: Layout) -> None:
@@ -210,6 +226,7 @@ def _finish(
         fim=settings.fim,
         filters=filters,
         masked=settings.masked,
+        pairs=settings.pairs,
     )
     part_settings.folder.mkdir(exist_ok=True)
     parts = tokenise(documents, part_settings, engine=engine, progress=progress)

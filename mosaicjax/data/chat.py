@@ -12,16 +12,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from mosaicjax.data.conversations import ALL_FIELDS, Format, Message, messages_of
-from mosaicjax.data.marked import Marked
-from mosaicjax.data.sources import Content
+from mosaicjax.data.conversations import ALL_FIELDS, Format, Message, messages_of, pair_of, told_by
+from mosaicjax.data.marked import Marked, Pair
 from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.errors import InputError
 
@@ -97,7 +96,19 @@ class Chat:
             eos=names.get("eos_token", tokenizer.separator_token),
         )
         _compiled(made.template)
-        return made
+        return made.of_pairs() if format_ is Format.PREFERENCE else made
+
+    def of_pairs(self) -> Chat:
+        """The same for preference pairs, of which the answers alone bear loss.
+
+        Raises: InputError where every token should.
+        """
+        if self.loss_on is LossOn.ALL:
+            raise InputError(
+                "--loss-on all with preference pairs, whose answers are compared",
+                fix="a build without --loss-on",
+            )
+        return replace(self, format=Format.PREFERENCE, loss_on=LossOn.LAST)
 
     def __str__(self) -> str:
         """In a line."""
@@ -118,12 +129,26 @@ class Chat:
             )
         return found
 
-    def content(self, row: Mapping[str, Any], place: str) -> Content:
-        """A row as a document.
+    def content(self, row: Mapping[str, Any], place: str) -> Marked | Pair:
+        """A row as a document, or as the two of a pair.
 
         Raises: InputError naming the row that is no conversation, or that the template refuses.
         """
-        messages = messages_of(row, self.format, place)
+        format_ = told_by(row, place) if self.format is Format.AUTO else self.format
+        if format_ is not Format.PREFERENCE:
+            return self._checked(messages_of(row, format_, place), place)
+        prompt, chosen, rejected = pair_of(row, place)
+        pair = Pair(*(self._checked([*prompt, answer], place) for answer in (chosen, rejected)))
+        if pair.chosen.text == pair.rejected.text:
+            raise InputError(
+                f"{place}: the template writes the same for chosen and rejected",
+                expected="two answers",
+                fix="leave the row out",
+            )
+        return pair
+
+    def _checked(self, messages: Sequence[Message], place: str) -> Marked:
+        """A conversation as a document, once it is known to hold none of our marks."""
         _check_marks(messages, place)
         return self.marked(messages, place)
 

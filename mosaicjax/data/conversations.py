@@ -38,6 +38,8 @@ class Format(Enum):
     """`messages` of `role` and `content`: OpenAI's."""
     SHAREGPT = "sharegpt"
     """`conversations` of `from` and `value`."""
+    PREFERENCE = "preference"
+    """`chosen` and `rejected`, two answers to a `prompt`: texts or lists of turns, TRL's; see `pair_of`."""
 
 
 FIELDS = {
@@ -45,36 +47,96 @@ FIELDS = {
     Format.INSTRUCTION: (("instruction",), ("context", "input"), ("response", "output")),
     Format.MESSAGES: (("messages",),),
     Format.SHAREGPT: (("conversations",),),
+    Format.PREFERENCE: (("chosen",), ("rejected",), ("prompt",)),
 }
 """What each format's rows hold, under one of several names."""
-ALL_FIELDS = tuple(name for groups in FIELDS.values() for names in groups for name in names)
+ALL_FIELDS = tuple(dict.fromkeys(name for groups in FIELDS.values() for names in groups for name in names))
 
 
 def messages_of(row: Mapping[str, Any], format_: Format, place: str) -> list[Message]:
-    """The turns of a row.
+    """The turns of a row that is one conversation.
 
     Raises: InputError naming the row: a field that lacks, an unknown role, an empty response, or none.
     """
     if format_ is Format.AUTO:
-        format_ = _told_by(row, place)
+        format_ = told_by(row, place)
     messages = _READERS[format_](row, place)
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{place} has no response", expected="a turn of the assistant")
     for number, message in enumerate(messages):
-        empty = not (message["content"] or "").strip() and not message.get("tool_calls")
-        if message["role"] == "assistant" and empty:
+        if message["role"] == "assistant" and _is_empty(message):
             where = place if len(messages) == 2 else f"{place}, turn {number}"
             raise InputError(f"{where} has an empty response", expected="a text", fix="leave the row out")
     return messages
 
 
-def _told_by(row: Mapping[str, Any], place: str) -> Format:
-    for format_, (first, *_) in reversed(FIELDS.items()):
-        if first[0] in row:
+def pair_of(row: Mapping[str, Any], place: str) -> tuple[list[Message], Message, Message]:
+    """The turns that both answers of a preference row answer, the chosen answer and the rejected one.
+
+    Answers are texts, or lists of turns. Lists that begin with another turn than the assistant's are whole
+    conversations: the prompt is what turns they have in common, and a field `prompt` beside them must be
+    among those.
+
+    Raises: InputError naming the row: a field that lacks, an unknown role, an empty answer, a last turn that
+        is not the assistant's, or answers of several turns.
+    """
+    given = _turns_of(row, "prompt", "user", place) if "prompt" in row else None
+    chosen, rejected = (_turns_of(row, name, "assistant", place) for name in ("chosen", "rejected"))
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        where = f"{place}, field {name!r}"
+        if not turns or turns[-1]["role"] != "assistant":
+            said = turns[-1]["role"] if turns else "no turn"
+            raise InputError(f"{where}, last turn", expected="the assistant's", got=said)
+        if _is_empty(turns[-1]):
+            raise InputError(f"{where} has an empty answer", expected="a text", fix="leave the row out")
+    common = 0
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    prompt = chosen[:common]
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if len(turns) > common + 1:
+            raise InputError(
+                f"{place}, field {name!r} goes on from what both have in common",
+                expected="with one turn, the answer",
+                got=f"{len(turns) - common} turns",
+            )
+    if chosen[0]["role"] != "assistant":
+        heard = {(turn["role"], str(turn["content"]).strip()) for turn in prompt}
+        if not heard.issuperset((turn["role"], str(turn["content"]).strip()) for turn in given or ()):
+            raise InputError(
+                f"{place}, field 'prompt' is none of the turns that chosen and rejected begin with",
+                fix="answers alone in chosen and rejected, or no prompt",
+            )
+        return prompt, chosen[-1], rejected[-1]
+    if given is None:
+        raise InputError(f"{place} lacks 'prompt'", got=", ".join(sorted(map(str, row))))
+    return given + prompt, chosen[-1], rejected[-1]
+
+
+def _is_empty(message: Message) -> bool:
+    return not (message["content"] or "").strip() and not message.get("tool_calls")
+
+
+def _turns_of(row: Mapping[str, Any], name: str, role: str, place: str) -> list[Message]:
+    """A field that is a list of turns, or a text as one turn of a role."""
+    if isinstance(row.get(name), list):
+        return _messages(row, place, name)
+    return [{"role": role, "content": _text(row, (name,), place)}]
+
+
+def told_by(row: Mapping[str, Any], place: str) -> Format:
+    """The format that a row's fields say.
+
+    Raises: InputError where they say none.
+    """
+    for format_, (first, *others) in reversed(FIELDS.items()):
+        # Of pairs both answers: one of these names alone may stand beside any format's fields.
+        needed = (first[0], others[0][0]) if format_ is Format.PREFERENCE else first
+        if all(name in row for name in needed):
             return format_
     raise InputError(
         f"{place} is of no known format",
-        expected="a field messages, conversations, instruction or prompt",
+        expected="a field messages, conversations, instruction, prompt or chosen",
         got=", ".join(sorted(map(str, row))) or "no field",
     )
 
@@ -115,10 +177,10 @@ def _turns(row: Mapping[str, Any], name: str, place: str) -> list[Mapping[str, A
     return turns
 
 
-def _messages(row: Mapping[str, Any], place: str) -> list[Message]:
+def _messages(row: Mapping[str, Any], place: str, field: str = "messages") -> list[Message]:
     found = []
-    for number, turn in enumerate(_turns(row, "messages", place)):
-        where = f"{place}, turn {number}"
+    for number, turn in enumerate(_turns(row, field, place)):
+        where = f"{place}, turn {number}" if field == "messages" else f"{place}, {field}, turn {number}"
         role = turn.get("role")
         if role not in ROLES:
             raise InputError(f"{where} has an unknown role", expected=" or ".join(ROLES), got=role)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from mosaicjax import storage
 from mosaicjax.data.chat import Chat, LossOn
+from mosaicjax.data.conversations import Format
 from mosaicjax.data.fim import FillInMiddle
 from mosaicjax.errors import InputError
 
@@ -59,6 +60,11 @@ class Settings:
     def masked(self) -> bool:
         """Whether there are tokens that bear no loss."""
         return self.chat is not None and self.chat.loss_on is not LossOn.ALL
+
+    @property
+    def pairs(self) -> bool:
+        """Whether documents 2i and 2i + 1 are the chosen and the rejected answer to one prompt."""
+        return self.chat is not None and self.chat.format is Format.PREFERENCE
 
     def check_same(self, other: Settings, place: Path) -> None:
         """Refuse to go on with other settings than those a directory was begun with.

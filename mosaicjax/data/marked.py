@@ -35,3 +35,15 @@ class Marked:
             if first < last:
                 yield self.text[first:last], True
             at = last
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, each a document with the prompt before it; the answer alone is learned."""
+
+    chosen: Marked
+    rejected: Marked
+
+    def __len__(self) -> int:
+        """Characters of both."""
+        return len(self.chosen) + len(self.rejected)

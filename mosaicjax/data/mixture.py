@@ -19,6 +19,8 @@ class Rows(Enum):
     """One after the other, cut wherever a row is full."""
     BEST_FIT = "best fit"
     """Whole, but for those longer than a row, where they leave the least room empty."""
+    PAIRS = "pairs"
+    """Of a store of preference pairs, for `DPO`: both answers whole and next to each other, so packed."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class TrainingData:
 
     def check(self) -> None:
         """Raises: InputError for whole documents in rows that see each other."""
-        if self.rows is Rows.BEST_FIT and not self.isolate:
+        if self.rows is not Rows.CONCATENATED and not self.isolate:
             raise InputError(
                 "documents packed whole that see each other",
-                expected="isolate with data.rows BEST_FIT",
+                expected=f"isolate with data.rows {self.rows.name}",
                 got="isolate=False",
                 fix="--data.isolate True",
             )

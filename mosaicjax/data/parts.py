@@ -21,7 +21,7 @@ from mosaicjax.data import fim
 from mosaicjax.data.documents import Documents, documents_of
 from mosaicjax.data.filters import Filter, first_against
 from mosaicjax.data.loss_mask import encode_marked
-from mosaicjax.data.marked import Marked
+from mosaicjax.data.marked import Marked, Pair
 from mosaicjax.data.sources import Content, Source
 from mosaicjax.data.split import is_held_out
 from mosaicjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,6 +62,8 @@ class PartSettings:
     filters: tuple[Filter, ...] = ()
     masked: bool = False
     """Whether it is written down which tokens bear loss."""
+    pairs: bool = False
+    """Whether documents 2i and 2i + 1 are the answers of a pair: they stay together, on one side."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def count_documents(group: Group) -> tuple[int, Counter[str]]:
     """How many documents some sources hold, and what was left out of them."""
     skipped: Counter[str] = Counter()
     contents = (document.content for document in documents_of(group.sources, skipped))
-    count = sum(len(cut(each, group.settings)) if isinstance(each, np.ndarray) else 1 for each in contents)
+    count = sum(len(documents_in(each, group.settings)) for each in contents)
     return count, skipped
 
 
@@ -217,7 +219,7 @@ def tokenise_part(part: Part) -> Tokenised:
     against = [first_against(settings.filters, text) for text in every]
     kept = [i for i, number in enumerate(against) if not number]
     texts = tuple(every[i] for i in kept)
-    held_out = [is_held_out(text, settings.held_out) for text in texts]
+    held_out = [is_held_out(text, settings.held_out) for text in deciding(texts, settings)]
     kinds = [fim.PLAIN] * len(texts)
     encoded: Sequence[Any]
     masks: dict[int, np.ndarray] = {}
@@ -233,7 +235,9 @@ def tokenise_part(part: Part) -> Tokenised:
         encoded, kinds = fim.encode(settings.fim, texts, held_out, settings.seed, tokenizer)
     index = np.zeros(len(part.contents), INDEX)
     index["against"] = against
-    index["key"] = [shuffle_key(settings.seed, part.first + i) for i in range(len(index))]
+    # Both answers of a pair have one key, and every sort by it leaves equal ones as they are.
+    together = 2 if settings.pairs else 1
+    index["key"] = [shuffle_key(settings.seed, (part.first + i) // together) for i in range(len(index))]
     rows = {i: as_array(ids).astype(settings.dtype) for i, ids in zip(kept, encoded, strict=True)}
     for i, text, on_other_side, kind in zip(kept, texts, held_out, kinds, strict=True):
         data = text.encode()
@@ -260,6 +264,14 @@ def _text(content: Content, tokenizer: Tokenizer) -> str:
     if isinstance(content, Marked):
         return content.text
     return content if isinstance(content, str) else tokenizer.decode(content.tolist())
+
+
+def deciding(texts: Sequence[str], settings: PartSettings) -> Sequence[str]:
+    """For each document the text that decides whether it is held out: its own, or both of its pair."""
+    if not settings.pairs:
+        return texts
+    both = ["\0".join(pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+    return [text for text in both for _ in range(2)]
 
 
 def as_array(ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -291,12 +303,12 @@ def _tokenizer(path: Path, separator_token: str) -> Tokenizer:
 
 
 def _parts(
-    contents: Iterable[Content], settings: PartSettings, *, first: int = 0, number: int = 0
+    contents: Iterable[Content | Pair], settings: PartSettings, *, first: int = 0, number: int = 0
 ) -> Iterator[Part]:
     held: list[Content] = []
     size = 0
     for content in contents:
-        for piece in cut(content, settings) if isinstance(content, np.ndarray) else [content]:
+        for piece in documents_in(content, settings):
             held.append(piece)
             size += len(piece)
         if size >= settings.characters:
@@ -305,6 +317,23 @@ def _parts(
             held = []
     if held:
         yield Part(settings, number, first, tuple(held))
+
+
+def documents_in(content: Content | Pair, settings: PartSettings) -> Sequence[Content]:
+    """The documents that one of a source comes to.
+
+    Raises: InputError as `cut`, or naming a pair where rows before it were none.
+    """
+    if isinstance(content, np.ndarray):
+        return cut(content, settings)
+    if not isinstance(content, Pair):
+        return [content]
+    if not settings.pairs:
+        raise InputError(
+            f"{content.chosen.name} is a preference pair, and the first row was none",
+            fix="a store for each, or --format for the fields that all rows have",
+        )
+    return [content.chosen, content.rejected]
 
 
 def cut(ids: np.ndarray, settings: PartSettings) -> list[np.ndarray]:

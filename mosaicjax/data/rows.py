@@ -124,6 +124,17 @@ class Packed:
         return held
 
 
+def blank(rows: int, seq: int, separator: int) -> Batch:
+    """Arrays for packed rows to be written into, which may leave places empty.
+
+    Shapes: `tokens`, `targets`, `segments` and `positions` int32 and `weights` float32, [rows, seq].
+    """
+    shape = (rows, seq)
+    batch = {name: np.full(shape, separator, np.int32) for name in ("tokens", "targets")}
+    batch |= {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
+    return batch | {"weights": np.zeros(shape, np.float32)}
+
+
 class Pieces:
     """Rows of pieces, from number `first` on, and the tokens that they were cut from."""
 

@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from mosaicjax import storage
-from mosaicjax.data.marked import Marked
+from mosaicjax.data.marked import Marked, Pair
 from mosaicjax.errors import InputError
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
@@ -28,21 +28,26 @@ Content = str | np.ndarray | Marked
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, or its tokens, with the name of where it was read: a path, `path:line`, or `path:row`."""
+    """One text, or its tokens, with the name of where it was read: a path, `path:line`, or `path:row`.
 
-    content: Content
+    A row of preference pairs is two texts.
+    """
+
+    content: Content | Pair
     name: str
 
     @property
     def text(self) -> str:
         """The text.
 
-        Raises: InputError where the source holds tokens.
+        Raises: InputError where the source holds tokens, or two texts.
         """
         if isinstance(self.content, str):
             return self.content
         if isinstance(self.content, Marked):
             return self.content.text
+        if isinstance(self.content, Pair):
+            raise InputError(f"{self.name} is a preference pair", expected="one text")
         raise InputError(f"{self.name} holds tokens", expected="text", fix="another --field")
 
 
@@ -56,7 +61,7 @@ class Rows(Protocol):
         """
         ...
 
-    def content(self, row: Mapping[str, Any], place: str) -> Content:
+    def content(self, row: Mapping[str, Any], place: str) -> Content | Pair:
         """A row's document; nulls of a table are left out of it.
 
         Raises: InputError naming the row that cannot be used.
@@ -170,7 +175,7 @@ class JsonLines(StoredFile):
                     place = f"{self.name}, line {number}"
                     yield Document(self._content(line, place), f"{self.name}:{number}")
 
-    def _content(self, line: bytes, place: str) -> Content:
+    def _content(self, line: bytes, place: str) -> Content | Pair:
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mosaicjax.data.order import WINDOW_PLACES, Mix, Order, Orders, order_seed
-from mosaicjax.data.rows import WINDOWS, Batch, Held, Packed, SplitRows, loss_of
+from mosaicjax.data.rows import WINDOWS, Batch, Held, Packed, SplitRows, blank, loss_of
 from mosaicjax.data.store import Split
 from mosaicjax.errors import InputError
 
@@ -145,15 +145,13 @@ class Stream:
         return batch | {"domain": domains.astype(np.int32)}
 
     def _blank(self, rows: int) -> Batch:
-        """Arrays for rows to be written into: packed ones may leave places empty."""
+        """Arrays for rows to be written into."""
+        if any(isinstance(domain.rows, Packed) for domain in self.drawn):
+            return blank(rows, self.seq, self.separator)
         shape = (rows, self.seq)
-        if not any(isinstance(domain.rows, Packed) for domain in self.drawn):
-            windows = np.empty((rows, self.seq + 1), np.int32)
-            weights = np.ones(shape, np.float32) if self.masked else np.broadcast_to(np.float32(1.0), shape)
-            return {WINDOWS: windows, "weights": weights}
-        batch = {name: np.full(shape, self.separator, np.int32) for name in ("tokens", "targets")}
-        batch |= {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
-        return batch | {"weights": np.zeros(shape, np.float32)}
+        windows = np.empty((rows, self.seq + 1), np.int32)
+        weights = np.ones(shape, np.float32) if self.masked else np.broadcast_to(np.float32(1.0), shape)
+        return {WINDOWS: windows, "weights": weights}
 
     def _samples(self, first: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The domains of a batch's rows, and which of the domain's samples each is.
@@ -230,11 +228,7 @@ class HeldOut:
         """
         self.names = tuple(splits)
         self.splits = tuple(splits.values())
-        if sum(split.counts.documents for split in self.splits) == 0:
-            raise InputError(
-                f"{' and '.join(str(split.folder) for split in self.splits)} holds no documents",
-                fix="a store of more documents (a .txt is one), a larger --held-out, or --eval.every 0",
-            )
+        check_documents(self.splits)
         self.separator = separator
         self.seq = seq
         self.isolate = isolate
@@ -288,6 +282,18 @@ class HeldOut:
             found = documents_of(tokens, self.separator)
             batch |= {name: np.where(inside, array, 0).astype(np.int32) for name, array in found.items()}
         return batch
+
+
+def check_documents(splits: Sequence[Split]) -> None:
+    """Refuse held-out splits in which there is nothing.
+
+    Raises: InputError naming them.
+    """
+    if sum(split.counts.documents for split in splits) == 0:
+        raise InputError(
+            f"{' and '.join(str(split.folder) for split in splits)} holds no documents",
+            fix="a store of more documents (a .txt is one), a larger --held-out, or --eval.every 0",
+        )
 
 
 def documents_of(tokens: np.ndarray, separator: int) -> Batch:

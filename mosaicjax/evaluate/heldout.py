@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mosaicjax import processes
+from mosaicjax.data.held_pairs import HeldOutPairs
 from mosaicjax.data.stream import HeldOut
 from mosaicjax.errors import InputError
 from mosaicjax.losses import CrossEntropy
@@ -53,6 +54,10 @@ class Loss:
         """Of a target token."""
         return math.exp(min(self.per_token, 700.0))
 
+    def __str__(self) -> str:
+        """In a line."""
+        return f"{self.per_token:.4f}, {self.bits_per_byte:.4f} bits/byte"
+
     def metrics(self) -> dict[str, float | int]:
         """What a row of metrics says of it."""
         values = {"loss": self.per_token, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens}
@@ -75,7 +80,83 @@ def bounds_of(seq: int) -> tuple[int, ...]:
     return (*bounds, seq)
 
 
-class Evaluator:
+class OverRows:
+    """Sums over held-out rows on a layout, `rows` of them at a time; compiled once."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        held_out: HeldOut | HeldOutPairs,
+        rows: int,
+        sums: Callable[[Any, Batch], tuple[Array, ...]],
+        weights: Any,
+    ) -> None:
+        """Compile `sums`, which gives arrays [B, ...] of each row's, from weights of these shapes and places.
+
+        Nothing is read.
+
+        Raises:
+            InputError: rows that the mesh cannot split.
+        """
+        if rows % layout.batch_shards:
+            raise InputError("rows of evaluation", expected=f"a multiple of {layout.batch_shards}", got=rows)
+        self.held_out = held_out
+        self.layout = layout
+        self.rows = rows
+        self._mine = local_rows(layout, rows)
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, held_out.seq), dtype, sharding=layout.sharding(BATCH, None))
+            for name, dtype in self._arrays().items()
+        }
+        out = NamedSharding(layout.mesh, P())
+
+        def everywhere(weights: Any, batch: Batch) -> tuple[Array, ...]:
+            return tuple(jax.lax.with_sharding_constraint(total, out) for total in sums(weights, batch))
+
+        self._compiled = jax.jit(everywhere).lower(weights, batch).compile()
+
+    def _arrays(self) -> dict[str, Any]:
+        packed = {"segments": jnp.int32, "positions": jnp.int32} if self.held_out.isolate else {}
+        return {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, **packed}
+
+    def chosen(self, rows: int) -> list[int]:
+        """Numbers of `rows` held-out rows, evenly spaced; 0, or more than there are: all."""
+        total = len(self.held_out)
+        return list(range(total)) if not 0 < rows < total else [i * total // rows for i in range(rows)]
+
+    def totals(self, weights: Any, rows: int) -> np.ndarray:
+        """The sums over `rows` rows (0: all) by domain, the same on every process.
+
+        Shapes: float64 [sums, domains, ...].
+        Raises:
+            InputError: a damaged shard, on every process.
+        """
+        chosen = self.chosen(rows)
+        found = []
+        for first in range(0, len(chosen), self.rows):
+            some = chosen[first : first + self.rows]
+            sums = jax.device_get(self._compiled(weights, self._batch(some)))
+            domains = self.held_out.domains(some)
+            each = np.zeros((len(sums), len(self.held_out.names), *sums[0].shape[1:]), np.float64)
+            for total, row_sums in zip(each, sums, strict=True):
+                np.add.at(total, domains, row_sums[: len(some)])
+            found.append(each)
+        return np.sum(found, axis=0)
+
+    def _batch(self, chosen: Sequence[int]) -> dict[str, Array]:
+        """Held-out rows on the devices; what is missing to a whole batch has weight 0."""
+        wanted = [place for place in self._mine if place < len(chosen)]
+        with processes.refused_by_all("reading held-out rows"):
+            read = self.held_out.rows([chosen[place] for place in wanted])
+        arrays = {}
+        for name, dtype in self._arrays().items():
+            host = np.zeros((self.rows, self.held_out.seq), dtype)
+            host[wanted] = read[name]
+            arrays[name] = global_array(self.layout, host.shape, (BATCH, None), host.__getitem__)
+        return arrays
+
+
+class Evaluator(OverRows):
     """Held-out loss of a model on a layout, `rows` rows at a time; compiled once.
 
     Shapes: `token_bytes` [ids], how many bytes of text each id stands for.
@@ -86,7 +167,7 @@ class Evaluator:
         decoder: Model,
         layout: Layout,
         dtypes: Dtypes,
-        held_out: HeldOut,
+        held_out: HeldOut | HeldOutPairs,
         token_bytes: Any,
         rows: int,
         chunk: int = 0,
@@ -100,12 +181,6 @@ class Evaluator:
         Raises:
             InputError: rows that the mesh cannot split.
         """
-        if rows % layout.batch_shards:
-            raise InputError("rows of evaluation", expected=f"a multiple of {layout.batch_shards}", got=rows)
-        self.held_out = held_out
-        self.layout = layout
-        self.rows = rows
-        self._mine = local_rows(layout, rows)
         self._bounds = bounds_of(held_out.seq)
         self._loss = DecoderLoss(decoder, CrossEntropy(chunk=chunk), dtypes, packed=held_out.isolate)
         sizes = np.zeros(max(decoder.dims["vocab"], len(token_bytes)), np.int32)
@@ -113,23 +188,17 @@ class Evaluator:
         if weights is None:
             spec = decoder.spec()
             weights = spec.abstract(dtypes.param, shardings(spec, layout))
-        batch = {
-            name: jax.ShapeDtypeStruct((rows, held_out.seq), dtype, sharding=layout.sharding(BATCH, None))
-            for name, dtype in self._arrays().items()
-        }
-        sums = jax.jit(lambda weights, batch: self._sums(weights, batch, jnp.asarray(sizes)))
-        self._compiled = sums.lower(weights, batch).compile()
 
-    def _arrays(self) -> dict[str, Any]:
-        packed = {"segments": jnp.int32, "positions": jnp.int32} if self.held_out.isolate else {}
-        return {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, **packed}
+        def sums(weights: Any, batch: Batch) -> tuple[Array, Array, Array]:
+            return self._sums(weights, batch, jnp.asarray(sizes))
+
+        super().__init__(layout, held_out, rows, sums, weights)
 
     def _sums(self, weights: Any, batch: Batch, sizes_V: Array) -> tuple[Array, Array, Array]:
         """Of each row and each group of `bounds_of`: nats, target tokens, and bytes of their text, [B, S]."""
         context = self._loss.context(batch, self.layout)
-        x_BLD = self._loss.decoder.embed(weights, batch["tokens"], context)
-        hidden_BLD = self._loss.decoder.hidden(weights, x_BLD, context).hidden_BLD
-        nll_BL = self._loss.of_tokens(weights, hidden_BLD, batch, context)
+        hidden_BLD = self._loss.forward(weights, batch, context).hidden_BLD
+        nll_BL = self._loss.nll(weights, hidden_BLD, batch, context)
         counted_BL = (batch["weights"] > 0).astype(jnp.int32)
         bytes_BL = jnp.take(sizes_V, batch["targets"], mode="clip") * counted_BL
         # A target at position p has p + 1 tokens before it.
@@ -139,19 +208,11 @@ class Evaluator:
         mine_BSL = group_BL[:, None] == groups_S[None, :, None]
 
         def grouped(values_BL: Array) -> Array:
-            return jnp.sum(
-                jnp.where(mine_BSL, values_BL[:, None], jnp.zeros_like(values_BL)[:, None]), axis=-1
-            )
+            nothing_BL = jnp.zeros_like(values_BL)
+            return jnp.sum(jnp.where(mine_BSL, values_BL[:, None], nothing_BL[:, None]), axis=-1)
 
         weighted_BL = nll_BL * batch["weights"].astype(nll_BL.dtype)
-        out = NamedSharding(self.layout.mesh, P())
-        sums = tuple(map(grouped, (weighted_BL, counted_BL, bytes_BL)))
-        return jax.tree.map(lambda total: jax.lax.with_sharding_constraint(total, out), sums)
-
-    def chosen(self, rows: int) -> list[int]:
-        """Numbers of `rows` held-out rows, evenly spaced; 0, or more than there are: all."""
-        total = len(self.held_out)
-        return list(range(total)) if not 0 < rows < total else [i * total // rows for i in range(rows)]
+        return grouped(weighted_BL), grouped(counted_BL), grouped(bytes_BL)
 
     def __call__(self, weights: Any, rows: int = 0) -> Loss:
         """The loss over `rows` rows (0: all), the same on every process.
@@ -159,15 +220,7 @@ class Evaluator:
         Raises:
             InputError: a damaged shard, on every process.
         """
-        chosen = self.chosen(rows)
-        names = self.held_out.names
-        totals = np.zeros((3, len(names), len(self._bounds)), np.float64)
-        for first in range(0, len(chosen), self.rows):
-            some = chosen[first : first + self.rows]
-            sums = jax.device_get(self._compiled(weights, self._batch(some)))
-            domains = self.held_out.domains(some)
-            for total, row_sums in zip(totals, sums, strict=True):
-                np.add.at(total, domains, row_sums[: len(some)])
+        names, totals = self.held_out.names, self.totals(weights, rows)
 
         def loss(nats: float, tokens: float, text_bytes: float, **parts: Any) -> Loss:
             return Loss(float(nats), int(tokens), int(text_bytes), **parts)
@@ -175,15 +228,3 @@ class Evaluator:
         parts = {name: loss(*totals[:, domain].sum(axis=1)) for domain, name in enumerate(names)}
         told_from = {most: loss(*totals[:, :, group].sum(axis=1)) for group, most in enumerate(self._bounds)}
         return loss(*totals.sum(axis=(1, 2)), parts=parts if len(parts) > 1 else {}, told_from=told_from)
-
-    def _batch(self, chosen: Sequence[int]) -> dict[str, Array]:
-        """Held-out rows on the devices; what is missing to a whole batch has weight 0."""
-        wanted = [place for place in self._mine if place < len(chosen)]
-        with processes.refused_by_all("reading held-out rows"):
-            read = self.held_out.rows([chosen[place] for place in wanted])
-        arrays = {}
-        for name, dtype in self._arrays().items():
-            host = np.zeros((self.rows, self.held_out.seq), dtype)
-            host[wanted] = read[name]
-            arrays[name] = global_array(self.layout, host.shape, (BATCH, None), host.__getitem__)
-        return arrays

@@ -1,4 +1,4 @@
-"""Which weights a run of adapters stands on: the run remembers them, and refuses others."""
+"""Which weights a run stands on, under adapters or as a reference: it remembers them, and refuses others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def save_base(run: str, base: Base) -> None:
 
 
 def read_base(run: str) -> Base:
-    """What a run of adapters stands on, as it was when the run began.
+    """What a run stands on, as it was when the run began.
 
     Raises:
         InputError: it is gone, or there is another in its place.
@@ -62,12 +62,12 @@ def read_base(run: str) -> Base:
         raise InputError(f"{where} cannot be read", got=error) from error
     except InputError as error:
         raise InputError(
-            f"the weights under the adapters of {run} are not there: {error}",
+            f"the weights that {run} stands on are not there: {error}",
             fix=f"put them back at {base.path}, or their new place into {where}",
         ) from error
     if found != base.digest:
         raise InputError(
-            f"{base.path} holds other weights than the adapters of {run} were trained on",
+            f"{base.path} holds other weights than those that {run} began from and stands on",
             expected=f"digest {base.digest[:12]}",
             got=found[:12],
             fix=f"put them back, or their new place into {where}",

@@ -8,6 +8,7 @@ from typing import Any
 
 from mosaicjax.hub.model_dir import Imported
 from mosaicjax.hub.origin import Origin, Trained
+from mosaicjax.methods.dpo import ACCURACY
 from mosaicjax.report.live import format_duration, format_usd
 from mosaicjax.spec import DtypeName
 
@@ -96,12 +97,25 @@ def _losses(origin: Origin, history: Trained, ended: Mapping[str, Any]) -> dict[
     nats, bits = held.get("loss"), held.get("bits_per_byte")
     trained = (ended.get("loss") or {}).get("train", rows.get("train", {}).get("loss"))
     losses = {}
+    if ACCURACY in {**held, **rows.get("train", {})}:
+        return _of_pairs(trained, held)
     if isinstance(trained, int | float):
         losses["Training loss"] = f"{trained:.4f} nats a token (last step)"
     if isinstance(nats, int | float):
         losses["Held-out loss"] = f"{nats:.4f} nats a token, perplexity {math.exp(min(nats, 700)):.2f}"
     if isinstance(bits, int | float):
         losses["Held-out bits"] = f"{bits:.4f} bits a byte"
+    return losses
+
+
+def _of_pairs(trained: Any, held: Mapping[str, Any]) -> dict[str, str]:
+    """Losses of preference pairs."""
+    losses = {}
+    if isinstance(trained, int | float):
+        losses["Training loss"] = f"{trained:.4f} nats a preference pair (last step)"
+    if isinstance(held.get("loss"), int | float):
+        told = f", {held[ACCURACY]:.1%} of pairs told apart"
+        losses["Held-out loss"] = f"{held['loss']:.4f} nats a preference pair{told}"
     return losses
 
 

@@ -80,6 +80,11 @@ class LoRA(Method):
                 "LoRA after ScaleRates, whose patterns would be of weights that are not trained",
                 fix="LoRA first",
             )
+        if "DPO" in program.applied:
+            raise InputError(
+                "LoRA after DPO, which compares adapters with the weights that they stand on",
+                fix="LoRA first",
+            )
         loss = program.loss
         if isinstance(loss, DecoderLoss) and not isinstance(loss.decoder, Decoder | Quantised):
             raise InputError("LoRA of a module of one's own, whose products it does not know")

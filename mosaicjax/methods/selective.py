@@ -71,6 +71,12 @@ class SelectiveBackprop(Method):
             raise InputError(
                 "SelectiveBackprop.interrupt", expected="0 (never), or 2 or more steps", got=self.interrupt
             )
+        if "DPO" in program.applied:
+            raise InputError(
+                "SelectiveBackprop chooses rows by the loss of their tokens, which DPO does not have",
+                expected="SelectiveBackprop or DPO",
+                got=" then ".join((*program.applied, "SelectiveBackprop")),
+            )
         rows = program.phase.microbatch
         if not 1 <= self.rows(rows) < rows:
             raise InputError(

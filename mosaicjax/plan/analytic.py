@@ -17,7 +17,7 @@ from mosaicjax.hardware import Price, cost_usd, mfu, usd_per_million_tokens
 from mosaicjax.mesh import LENGTH
 from mosaicjax.models import flops
 from mosaicjax.models.decoder import Decoder, Remat
-from mosaicjax.plan.bill import attention_passes, price_of
+from mosaicjax.plan.bill import attention_passes, compares, price_of
 from mosaicjax.plan.step_time import Speeds
 from mosaicjax.plan.topology import Topology
 from mosaicjax.recipe import Recipe
@@ -90,9 +90,11 @@ def estimate(recipe: Recipe, topology: Topology, price: Price | None) -> Estimat
     again = flops.recomputed(decoder, recipe.seq)
     passes = list(attention_passes(decoder, recipe, topology))
     masked = sum(each.done - each.useful for each in passes)
-    whole = (model.causal + again.causal + masked) * tokens
+    # A reference goes forward alone: a third of what training takes.
+    beside = model.causal / 3 if compares(recipe) else 0.0
+    whole = (model.causal + again.causal + masked + beside) * tokens
     speeds = Speeds.of(topology, recipe.dtypes.compute)
-    sent = wire_bytes(step)
+    sent = wire_bytes(step, compares(recipe))
     state = step.abstract_state()
     links = 2 * len([side for side in topology.grid if side > 1])
     return Estimate(
@@ -112,8 +114,11 @@ def estimate(recipe: Recipe, topology: Topology, price: Price | None) -> Estimat
     )
 
 
-def wire_bytes(step: Step) -> float:
-    """What each chip sends: weights gathered forward and backward, gradients summed, for each microbatch."""
+def wire_bytes(step: Step, compared: bool = False) -> float:
+    """What each chip sends: weights gathered forward and backward, gradients summed, for each microbatch.
+
+    Weights that a loss is `compared` with are gathered forward alone.
+    """
     layout, program = step.layout, step.program
     shards = layout.weight_shards
     if shards == 1:
@@ -124,6 +129,8 @@ def wire_bytes(step: Step) -> float:
     wide = size if layout.sums == "compute" else jax.numpy.dtype(program.dtypes.reduce).itemsize
     summed = wide if layout.explicit else 2 * size
     each = entries * (2 * size + summed) + frozen * 2 * size
+    if compared:
+        each += (frozen + (entries if program.referenced else 0)) * size
     return program.phase.microbatches * each * (shards - 1) / shards
 
 

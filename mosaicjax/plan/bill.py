@@ -10,6 +10,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price, cost_usd, mfu, usd_per_million_tokens
 from mosaicjax.kernels import attention_tiles
 from mosaicjax.kernels.attention_blocks import Problem, visited_pairs
+from mosaicjax.methods.dpo import DPO
 from mosaicjax.models import flops
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.plan import hlo
@@ -29,8 +30,8 @@ class Work:
 
     `model` with causal attention, `model_full` with all scores; `recomputed` is what remat and attention's
     backward kernel do again, `masked` the masked entries in blocks that attention's kernels multiply whole:
-    these three by structure. `compiled` is what the program does; `kernels` and `narrow`, the products of
-    8-bit numbers, are among it.
+    and `compared` the forward pass of a reference: these by structure. `compiled` is what the program does;
+    `kernels` and `narrow`, the products of 8-bit numbers, are among it.
     """
 
     model: float
@@ -40,11 +41,12 @@ class Work:
     compiled: float
     kernels: float
     narrow: float = 0.0
+    compared: float = 0.0
 
     @property
     def expected(self) -> float:
         """What the program should do, by structure."""
-        return self.model + self.recomputed + self.masked
+        return self.model + self.recomputed + self.masked + self.compared
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def work(decoder: Decoder, recipe: Recipe, topology: Topology, ops: Sequence[Op]
         compiled=total(ops, "flops"),
         kernels=sum(op.flops * op.times for op in ops if op.kernel),
         narrow=sum(flops * op.times for op in ops for flops in op.narrow.values()),
+        compared=model.causal / 3 * tokens if compares(recipe) else 0.0,
     )
 
 
@@ -207,10 +210,15 @@ class Pass:
     rate: float
 
 
+def compares(recipe: Recipe) -> bool:
+    """Whether all rows go forward through the weights of a reference too."""
+    return any(isinstance(method, DPO) for method in recipe.methods)
+
+
 def attention_passes(decoder: Decoder, recipe: Recipe, topology: Topology) -> Iterator[Pass]:
     """Forward and backward kernel of each block, in all layers that it stands for."""
     length, width = recipe.seq, decoder.dims["heads"] * decoder.dims["head_dim"]
-    forwards = 1 if decoder.remat.keeps_attention else 2
+    forwards = (1 if decoder.remat.keeps_attention else 2) + compares(recipe)
     for _, _, block, layers in decoder.blocks():
         window = block.attention.window
         shape = _shape(recipe, topology, decoder.dims, window)

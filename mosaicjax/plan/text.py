@@ -44,6 +44,7 @@ def lines(bill: Bill, name: str) -> Iterator[str]:
     yield (
         f"FLOPs     {work.compiled:.4g} a chip and step as compiled, {work.expected:.4g} by structure: model"
         f" {work.model:.4g}, again {work.recomputed:.4g}, masked in blocks {work.masked:.3g}"
+        + (f", a reference's forward pass {work.compared:.4g}" if work.compared else "")
         + (f"; {work.narrow:.4g} as compiled are of 8-bit numbers" if work.narrow else "")
     )
     yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,6 +67,31 @@ class Heldout:
         """The loss a byte of text, in bits: comparable between tokenizers."""
         return self.loss / math.log(2) / self.bytes_per_token
 
+    def __str__(self) -> str:
+        """In a line."""
+        return f"{self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} bits/byte"
+
+    def values(self) -> dict[str, float]:
+        """What a summary holds of it."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+@dataclass(frozen=True)
+class HeldoutPairs:
+    """Loss on held-out preference pairs, nats a pair, and what else was measured of them, by name."""
+
+    loss: float
+    measures: Mapping[str, float]
+
+    def __str__(self) -> str:
+        """In a line."""
+        named = (f"{name} {value:.4f}" for name, value in self.measures.items())
+        return ", ".join([f"{self.loss:.4f}", *named])
+
+    def values(self) -> dict[str, float]:
+        """What a summary holds of it."""
+        return {"loss": self.loss, **self.measures}
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -92,7 +118,7 @@ class Outcome:
     tokens: int
     seconds: Seconds
     train_loss: float
-    heldout: Heldout | None
+    heldout: Heldout | HeldoutPairs | None
     chip: str
     chips: float
     price: Price | None
@@ -103,7 +129,8 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
     """The summary as JSON holds it.
 
     Units: `seconds` are seconds; `tokens_per_second` is over all chips, `training` over the time in steps and
-        waiting for data, `overall` over all that is paid for; losses are nats a token; `cost` is dollars.
+        waiting for data, `overall` over all that is paid for; losses are nats a token, or a preference pair;
+        `cost` is dollars.
     """
     seconds = outcome.seconds
     stepping = seconds.train + seconds.data_wait
@@ -132,13 +159,7 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
         "heldout": None,
     }
     if outcome.heldout is not None:
-        summary["heldout"] = encode(
-            {
-                "loss": outcome.heldout.loss,
-                "perplexity": outcome.heldout.perplexity,
-                "bits_per_byte": outcome.heldout.bits_per_byte,
-            }
-        )
+        summary["heldout"] = encode(outcome.heldout.values())
     if outcome.price is not None:
         usd = cost_usd(seconds.total, outcome.chips, outcome.price)
         summary["cost"] = {
@@ -162,10 +183,7 @@ def summary_line(outcome: Outcome) -> str:
     if outcome.heldout is None:
         parts.append(f"train loss {outcome.train_loss:.4f}")
     else:
-        parts.append(
-            f"held-out loss {outcome.heldout.loss:.4f}, perplexity {outcome.heldout.perplexity:.2f},"
-            f" {outcome.heldout.bits_per_byte:.4f} bits/byte"
-        )
+        parts.append(f"held-out loss {outcome.heldout}")
     if outcome.price is None:
         parts.append(f"no price known for {outcome.chip}")
     else:

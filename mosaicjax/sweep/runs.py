@@ -191,7 +191,7 @@ def finished(cell: Cell, summary: Mapping[str, Any]) -> Result:
         run=cell.run,
         status=Status.FINISHED,
         heldout_loss=decode(heldout)["loss"] if heldout else None,
-        bits_per_byte=decode(heldout)["bits_per_byte"] if heldout else None,
+        bits_per_byte=decode(heldout).get("bits_per_byte") if heldout else None,
         train_loss=decode(summary["loss"])["train"],
         tokens=summary["tokens"],
         seconds=decode(summary["seconds"])["total"],

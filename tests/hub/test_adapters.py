@@ -174,8 +174,8 @@ def test_other_weights_under_the_adapters_are_refused(run, base, tmp_path, capsy
     about = json.loads((moved / "base.json").read_text())
     assert about["path"] == str(base) and about["step"] == 12
     for change, message in (
-        ({"path": str(tmp_path / "gone")}, f"the weights under the adapters of {moved} are not there"),
-        ({"digest": "0" * 64}, f"{base} holds other weights than the adapters of {moved} were trained on"),
+        ({"path": str(tmp_path / "gone")}, f"the weights that {moved} stands on are not there"),
+        ({"digest": "0" * 64}, f"{base} holds other weights than those that {moved} began from"),
     ):
         (moved / "base.json").write_text(json.dumps(about | change))
         assert tiny.run("export", moved, "--out", tmp_path / "hf") == 2

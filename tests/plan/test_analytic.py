@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 
 from mosaicjax import cli
-from mosaicjax.data.mixture import TokenStore
+from mosaicjax.data.mixture import Rows, TokenStore
 from mosaicjax.errors import InputError
 from mosaicjax.hardware import Price
 from mosaicjax.losses import CrossEntropy
 from mosaicjax.mesh import Mesh
+from mosaicjax.methods.dpo import DPO
+from mosaicjax.methods.lora import LoRA
 from mosaicjax.models import flops, mpt
 from mosaicjax.models.decoder import Remat
 from mosaicjax.plan.analytic import estimate, lines
@@ -21,6 +23,7 @@ from mosaicjax.recipe import Recipe
 from tests.plan.planned import planned
 
 MODEL = mpt.Config(layers=4, embed=1_024, heads=8, mlp=4_096, vocab=8_192)
+PAIRS = TokenStore("none", isolate=True, rows=Rows.PAIRS)
 RECIPE = Recipe(MODEL, TokenStore("none"), seq=1_024, batch=32, steps=1_000)
 V5E = Topology.read("v5e:2x2")
 
@@ -45,6 +48,26 @@ def test_by_hand():
     assert found.state_bytes == pytest.approx(4 * 4 * entries / 4, rel=1e-3)
     usd = 4 * 2.0 / 3_600 * found.seconds
     assert found.usd_per_million_tokens == pytest.approx(usd / (32 * 1_024) * 1e6)
+
+
+def test_a_reference_goes_forward_once_more():
+    """By hand: a third of the model's FLOPs, its weights gathered forward and, but for adapters, held."""
+    plain = estimate(RECIPE, V5E, None)
+    found = estimate(replace(RECIPE, data=PAIRS, methods=(DPO(),)), V5E, None)
+    assert found.model == plain.model
+    # And what attention's kernel multiplies beside what is seen, a seventh of which is the forward pass's.
+    beside = found.flops - plain.flops - plain.model / 3
+    assert 0 < beside < 0.05 * plain.model
+    layer = 4 * 1_024 * 1_024 + 2 * 1_024 * 4_096
+    entries = 4 * layer + 8_192 * 1_024 + 9 * 1_024
+    assert found.wire_bytes - plain.wire_bytes == pytest.approx(entries * 2 * 3 / 4)
+    # Segments and positions of packed rows come with the batch, which does not count here.
+    assert found.state_bytes - plain.state_bytes == pytest.approx(4 * entries / 4)
+    adapters = replace(RECIPE, data=PAIRS, init_from="x", methods=(LoRA(), DPO()))
+    alone = replace(adapters, data=RECIPE.data, methods=(LoRA(),))
+    both = [estimate(each, V5E, None) for each in (adapters, alone)]
+    assert both[0].state_bytes == both[1].state_bytes
+    assert both[0].wire_bytes - both[1].wire_bytes == pytest.approx(entries * 2 * 3 / 4)
 
 
 def test_a_mesh_of_copies_gathers_nothing_and_explicit_sums_are_scattered():
