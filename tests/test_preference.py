@@ -61,7 +61,7 @@ def pair_store(tiny_store, tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tiny_recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "base"
-    tiny.train(tiny_recipe, out, "--save.every", 0, "--eval.every", 0)
+    tiny.train(tiny_recipe, out, "--model.mlp", 128, "--save.every", 0, "--eval.every", 0)
     return out
 
 
@@ -69,7 +69,15 @@ def write(path, store, base, methods, rate=2e-3, rows="Rows.PAIRS"):
     """The tiny recipe on pairs, from a run's weights."""
     data = f"TokenStore({str(store)!r}, isolate=True, rows={rows})"
     optimizer = f"AdamW(lr=Cosine(peak={rate}, warmup=2, final=0.5))"
-    fields = {"data": data, "optimizer": optimizer, "methods": methods, "seq": "96", "steps": str(STEPS)}
+    model = "mpt.Config(layers=2, embed=32, heads=2, mlp=128, vocab=320)"
+    fields = {
+        "model": model,
+        "data": data,
+        "optimizer": optimizer,
+        "methods": methods,
+        "seq": "96",
+        "steps": str(STEPS),
+    }
     tiny.write_recipe(path, store, before=BEFORE, eval="Eval(every=6)", **fields)
     path.write_text(path.read_text().replace("    seed=3,", f"    seed=3,\n    init_from={str(base)!r},"))
     return path
