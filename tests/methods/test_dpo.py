@@ -191,12 +191,18 @@ def check_gradients(kind, mesh, microbatch, chunk, smoothing=0.0, after=False):
 
 @pytest.mark.parametrize(
     ("kind", "microbatch", "chunk", "smoothing"),
-    [("full", 8, 0, 0.0), ("full", 3, 8, 0.2), ("lora", 8, 6, 0.0), ("freeze", 2, 0, 0.1)],
+    [
+        ("full", 3, 8, 0.2),
+        ("lora", 8, 6, 0.0),
+        pytest.param("full", 8, 0, 0.0, marks=pytest.mark.slow),
+        pytest.param("freeze", 2, 0, 0.1, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_those_of_answers_taken_one_by_one(kind, microbatch, chunk, smoothing):
     check_gradients(kind, toy.ONE, microbatch, chunk, smoothing)
 
 
+@pytest.mark.slow
 def test_layers_may_be_frozen_after_it():
     check_gradients("freeze", toy.ONE, 8, 0, after=True)
 
@@ -270,6 +276,7 @@ def test_the_reference_is_an_argument():
     assert count == 2 * made.trainable.count()
 
 
+@pytest.mark.slow
 def test_sam_looks_at_moved_weights():
     made = replace(program(DPO(BETA), Sam(rho=0.2)), optimizer=optax.sgd(0.5))
     step, batch = step_of(made), pairs.rows(3)
