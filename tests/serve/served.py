@@ -10,7 +10,7 @@ import jax
 
 from mosaicjax.data.chat import SHIPPED, Chat
 from mosaicjax.data.tokenizer import Tokenizer
-from mosaicjax.generate import Generator
+from mosaicjax.generate import Generator, Sampling
 from mosaicjax.mesh import Mesh
 from mosaicjax.models import mpt
 from mosaicjax.serve.chatting import Chatter
@@ -18,6 +18,7 @@ from mosaicjax.serve.engine import Engine, Sizes
 from mosaicjax.serve.server import Server, bind
 from mosaicjax.serve.service import Service
 from mosaicjax.spec import Dtypes
+from tests import tiny
 from tests.models.test_decode import drawn_weights
 
 DTYPES = Dtypes()
@@ -105,6 +106,14 @@ class Model:
         return Generator(self.decoder, self.weights, self.layout, DTYPES, TOKENIZER)
 
 
+def written(generator, prompts, **sampling):
+    """The Generator's completions; always of four prompts, so that one shape is compiled."""
+    four = [*prompts, *[""] * (4 - len(prompts))]
+    with tiny.quick():
+        done = generator.generate(four, Sampling(**sampling), lambda number, text: None)
+    return done[: len(prompts)]
+
+
 class Running:
     """A service at a free port, in a thread of its own."""
 
@@ -157,7 +166,8 @@ def running(engine, *, wait=True, **options):
     """A server for one engine, which nobody else may have meanwhile."""
     with contextlib.ExitStack() as stack:
         service = Service(engine, NAME, **({"chatter": chatter()} | options))
-        made = Running(service).start(wait=wait)
+        with tiny.quick():
+            made = Running(service).start(wait=wait)
         stack.callback(made.thread.join, SECONDS)
         if hasattr(engine, "open"):
             stack.callback(engine.open)

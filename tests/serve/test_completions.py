@@ -11,8 +11,9 @@ import pytest
 from mosaicjax.generate import Sampling
 from mosaicjax.layers.context import Context
 from mosaicjax.serve.request import Wishes
+from tests import tiny
 from tests.serve import served
-from tests.serve.served import END, SEPARATOR, TOKENIZER, asked, chunks
+from tests.serve.served import END, SEPARATOR, TOKENIZER, asked, chunks, written
 
 PATH = "/v1/completions"
 PROMPTS = ["The river", "a", "größe light, seven walks under the quiet market", ""]
@@ -22,11 +23,6 @@ def texts(answer):
     choices = answer["choices"]
     assert [choice["index"] for choice in choices] == list(range(len(choices)))
     return [choice["text"] for choice in choices]
-
-
-def written(generator, prompts, **sampling):
-    """The Generator's completions."""
-    return generator.generate(prompts, Sampling(**sampling), lambda number, text: None)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +217,8 @@ def drawn_fields(rng):
 def test_every_field_reaches_the_engine(client, own_engine):
     """Random combinations over HTTP, and the same wishes given to an engine by hand."""
     rng = np.random.default_rng(8)
-    own_engine.open()
+    with tiny.quick():
+        own_engine.warm_up()
     for number in range(24):
         fields, wishes = drawn_fields(rng)
         prompt = rng.integers(0, 256, rng.integers(1, 30)).tolist()

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mosaicjax.generate import Sampling
 from mosaicjax.serve.limits import Keys, Limits
 from tests.serve import served
 from tests.serve.served import END
@@ -34,9 +33,7 @@ def open_ai(peer, free_engine):
 
 
 def of(generator, prompts, **sampling):
-    return [
-        done.text for done in generator.generate(prompts, Sampling(**sampling), lambda number, text: None)
-    ]
+    return [done.text for done in served.written(generator, prompts, **sampling)]
 
 
 def test_models(open_ai):
