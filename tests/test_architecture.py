@@ -53,9 +53,11 @@ FLOORS = {
     "show": 7,
     "plan": 7,
     "serve": 7,
+    "bench_serve": 7,
     "sweep": 8,
     "harness": 8,
     "cli": 10,
+    "cli_bench": 8,
     "cli_data": 8,
     "cli_eval": 9,
 }
