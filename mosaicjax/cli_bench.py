@@ -25,7 +25,9 @@ def add_bench_serve(commands: Any, command_of: Callable[..., Any]) -> None:
     command.add_argument(
         "--rate", type=float, default=0.0, metavar="PER_SECOND", help="Poisson arrivals instead of clients"
     )
-    command.add_argument("--prompt-length", default="128", metavar="N|A:B", help="in words; drawn from A to B")
+    command.add_argument(
+        "--prompt-length", default="128", metavar="N|A:B", help="in words; drawn from A to B"
+    )
     command.add_argument(
         "--vocabulary", type=int, default=0, metavar="N", help="prompts of token ids below N instead of words"
     )

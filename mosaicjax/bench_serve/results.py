@@ -86,12 +86,12 @@ ROWS = {
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The same for a screen."""
+    read, pieces = f"{found['prompt_tokens_per_second']:,.1f}", found["tokens_counted_by"] == "pieces"
     said = [
         f"{found['answered']} of {found['requests']} answered in {found['seconds']:.2f} s,"
         f" {found['requests_per_second']:.2f} a second",
-        f"{found['written_tokens_per_second']:,.1f} tokens/s written, {found['prompt_tokens_per_second']:,.1f}"
-        " read"
-        + (" (a token a piece: the server does not count)" if found["tokens_counted_by"] == "pieces" else ""),
+        f"{found['written_tokens_per_second']:,.1f} tokens/s written, {read} read"
+        + (" (a token a piece: the server does not count)" if pieces else ""),
         f"{'milliseconds':<16}" + "".join(f"{name:>10}" for name in ("p50", "p90", "p99", "mean")),
     ]
     for name, key in ROWS.items():

@@ -54,7 +54,10 @@ def test_a_file_is_read_again_from_its_beginning(tmp_path):
         ('{"prompt": [true]}', "expected text, token ids, or messages"),
         ('{"messages": [{"role": "user"}]}', "expected text, token ids, or messages"),
         ('{"messages": "hello"}', "expected text, token ids, or messages"),
-        ('{"prompt": "a", "max_tokens": "many"}', "prompts.jsonl:2: max_tokens; expected 1 or more; got many"),
+        (
+            '{"prompt": "a", "max_tokens": "many"}',
+            "prompts.jsonl:2: max_tokens; expected 1 or more; got many",
+        ),
     ],
 )
 def test_a_line_that_is_none_is_refused_by_its_number(tmp_path, line, what):

@@ -59,7 +59,14 @@ def heard(headers, wire, cuts=()):
 CUTS = st.lists(st.integers(0, 10_000), max_size=8)
 
 
-@given(TEXTS, st.sampled_from(["\n", "\r\n"]), st.booleans(), st.sampled_from(["chunked", "length", "close"]), CUTS, CUTS)
+@given(
+    TEXTS,
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+    st.sampled_from(["chunked", "length", "close"]),
+    CUTS,
+    CUTS,
+)
 def test_events_are_those_that_were_written(texts, newline, comments, framing, chunks, cuts):
     headers, wire = framed(written(texts, newline, comments), framing, chunks)
     assert heard(headers, wire, cuts) == texts

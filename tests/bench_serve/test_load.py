@@ -32,7 +32,9 @@ def writes(handler, path, body):
     """As many pieces as tokens are asked for."""
     if path == "/v1/models":
         return handler.whole(200, {"data": [{"id": "first"}, {"id": "second"}]})
-    handler.completion([f"w{number} " for number in range(body["max_tokens"])], prompt_tokens=len(body["prompt"]))
+    handler.completion(
+        [f"w{number} " for number in range(body["max_tokens"])], prompt_tokens=len(body["prompt"])
+    )
 
 
 def asked(url, ask, **target):
@@ -71,7 +73,10 @@ def test_a_conversation_is_asked_by_its_own_path():
     with FakeServer(script) as server:
         answers = [asked(server.url, Ask(prompt, 4), api="chat") for prompt in ("hello", messages)]
         assert [path for _, path, _, _ in server.asked] == ["/v1/chat/completions"] * 2
-        assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "hello"}], messages]
+        assert [body["messages"] for body in server.bodies] == [
+            [{"role": "user", "content": "hello"}],
+            messages,
+        ]
     for answer in answers:
         # What opens the answer is no text yet, and a server need not count.
         assert answer.whole and answer.text == "größe" and len(answer.times) == 1 and answer.tokens == -1
@@ -166,7 +171,7 @@ def test_arrivals_wait_for_nobody():
 
 
 def test_arrivals_are_those_of_a_poisson_process():
-    """Waits have mean and deviation 1 / rate, and counts in equal windows a variance as large as their mean."""
+    """Waits have mean and deviation 1 / rate, counts in equal windows a variance as large as their mean."""
     due = np.array(Poisson(50.0, seed=2).due(20_000))
     waits = np.diff(due)
     assert due[0] == 0 and waits.min() >= 0
@@ -175,7 +180,9 @@ def test_arrivals_are_those_of_a_poisson_process():
     np.testing.assert_allclose([counts.mean(), counts.var()], 10, rtol=0.1)
 
 
-@pytest.mark.parametrize(("api", "prompt"), [("chat", [1, 2]), ("completions", [{"role": "u", "content": ""}])])
+@pytest.mark.parametrize(
+    ("api", "prompt"), [("chat", [1, 2]), ("completions", [{"role": "u", "content": ""}])]
+)
 def test_prompts_that_an_interface_lacks_are_refused_before_any_is_sent(api, prompt):
     target = Target(Server(False, "127.0.0.1", 1), "m", api)
     with pytest.raises(InputError, match=f"--api {api}; expected prompts of text or"):
@@ -192,7 +199,18 @@ def test_the_command_counts_what_it_asked_for(capsys, tmp_path, monkeypatch):
     out, key = tmp_path / "out.json", tmp_path / "key"
     key.write_text("of-a-file\n")
     monkeypatch.setenv("MOSAICJAX_API_KEY", "of-the-environment")
-    options = ("--requests", 9, "--clients", 3, "--prompt-length", "4:8", "--vocabulary", 50, "--max-tokens", "2:5")
+    options = (
+        "--requests",
+        9,
+        "--clients",
+        3,
+        "--prompt-length",
+        "4:8",
+        "--vocabulary",
+        50,
+        "--max-tokens",
+        "2:5",
+    )
     with FakeServer(writes) as server:
         code, said, errors = bench(capsys, server.url + "/v1", *options, "--key", key, "--json", out)
         assert (code, errors) == (0, [])
@@ -242,7 +260,10 @@ def test_a_server_that_refuses_all_is_one_line(capsys):
         (["--rate", "nan"], "--rate; expected 0 or more; got nan"),
         (["--timeout", "0"], "--timeout; expected above 0; got 0.0"),
         (["--seed", "-1"], "--seed; expected 0 or more; got -1"),
-        (["--max-tokens", "5:1"], "--max-tokens; expected a number from 1, or LEAST:MOST, as 64:256; got 5:1"),
+        (
+            ["--max-tokens", "5:1"],
+            "--max-tokens; expected a number from 1, or LEAST:MOST, as 64:256; got 5:1",
+        ),
         (["--extra", "[1]"], "--extra; expected a JSON object; got [1]"),
         (["--prompts", "/nowhere"], "cannot read /nowhere"),
         (["--key", "/nowhere"], "cannot read /nowhere"),

@@ -23,7 +23,8 @@ NASTY = "<img src=x onerror='document.title=1'><b>größe</b> & "
 # What a person does, in a frame within the page; what they see is told to the test.
 PROBE = """<!doctype html><iframe id="frame" src="/" style="width:390px;height:700px"></iframe><script>
 const tell = async (name) => {
-  const page = frame.contentDocument, rect = page.getElementById("send").parentElement.getBoundingClientRect();
+  const page = frame.contentDocument;
+  const rect = page.getElementById("send").parentElement.getBoundingClientRect();
   const seen = {name, width: page.documentElement.scrollWidth, right: rect.right, bottom: rect.bottom,
     turns: [...page.querySelectorAll(".turn")].map((each) => [each.className, each.textContent]),
     markup: page.querySelectorAll("#log b, #log img").length, speed: page.getElementById("speed").textContent,
@@ -63,8 +64,9 @@ def chromium():
 class Site:
     """The page, the probe, and answers that `chat` gives; what the probe tells comes by `next`."""
 
-    def __init__(self, steps, chat):
+    def __init__(self, steps, chat, then=(), model="the-model"):
         self.steps, self.chat, self.told = steps, chat, queue.Queue()
+        self.then, self.model = dict(then), model
 
     def __call__(self, handler, path, body):
         if path == "/":
@@ -72,8 +74,10 @@ class Site:
         elif path == "/probe":
             handler.whole(200, (PROBE % self.steps).encode(), "text/html; charset=utf-8")
         elif path == "/v1/models":
-            handler.whole(200, {"data": [{"id": "the-model"}]})
+            handler.whole(200, {"data": [{"id": self.model}]})
         elif path == "/tell":
+            # Before the page goes on.
+            self.then.get(body["name"], lambda: None)()
             self.told.put(body)
             handler.whole(200, {})
         else:
@@ -116,7 +120,9 @@ def test_it_is_one_small_page_without_outside_assets():
     text = PAGE.read_text(encoding="utf-8")
     assert len(text) < 16_000
     assert not re.findall(r"https?://|@import|url\(|<link(?! rel=\"icon\" href=\"data:,\")|\ssrc=", text)
-    assert not re.findall("innerHTML|outerHTML|insertAdjacentHTML|document.write|eval|localStorage|cookie", text)
+    assert not re.findall(
+        "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval|localStorage|cookie", text
+    )
 
 
 @pytest.mark.slow
