@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from mosaicjax.cli_bench import add_bench_serve
 from mosaicjax.cli_data import add_data
 from mosaicjax.cli_eval import add_eval
+from mosaicjax.cli_serve import add_serve
 from mosaicjax.errors import Diverged, InputError
 
 STARTED = time.time()
@@ -61,6 +62,7 @@ def parser() -> Parser:
     _add_plan(commands)
     _add_sweep(commands)
     _add_generate(commands)
+    add_serve(commands, _command)
     _add_evaluate(commands)
     add_eval(commands, _command)
     _add_report(commands)

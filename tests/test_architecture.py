@@ -60,6 +60,7 @@ FLOORS = {
     "cli_bench": 8,
     "cli_data": 8,
     "cli_eval": 9,
+    "cli_serve": 9,
 }
 
 OUTSIDE = ("tests", "recipes", "benchmarks")

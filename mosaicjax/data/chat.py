@@ -33,6 +33,7 @@ NEEDED = {
 }
 """Special tokens that a shipped template is nothing without."""
 OWN = "tokenizer"
+OWN_FILE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
 OPEN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 """Around what is learned, and within what looks like a special token: Unicode has no such characters."""
@@ -123,12 +124,34 @@ class Chat:
         Raises: InputError naming the row that is no conversation, or that the template refuses.
         """
         messages = messages_of(row, self.format, place)
-        written = json.dumps(messages, ensure_ascii=False, default=str)
-        if any(mark in written for mark in (OPEN, CLOSE, BREAK)):
-            raise InputError(
-                f"{place} holds a character that is none (U+FDD0 to U+FDD2)", fix="leave the row out"
-            )
+        _check_marks(messages, place)
         return self.marked(messages, place)
+
+    def prompt(self, messages: Sequence[Message], place: str) -> Marked:
+        """A conversation up to where the assistant's next turn begins, with no part that is learned alone.
+
+        Raises: InputError where the template refuses it.
+        """
+        _check_marks(messages, place)
+        whole = self.render([self._as_text(message) for message in messages], place, prompt=True)
+        text, special, _ = self._spans(whole)
+        return Marked(text, tuple(special), ((0, len(text)),), place)
+
+    def turn_end(self) -> tuple[str, str]:
+        """What ends a turn of the assistant: a special token, or else a text; "" for what it is not.
+
+        Raises: InputError for a template that refuses a question and its answer.
+        """
+        place = "a question and its answer"
+        asked, answer = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "Two."}
+        _, found, rest = self.render([asked, answer], place).rpartition(str(answer["content"]))
+        if not found:
+            raise InputError("the chat template leaves out what the assistant says")
+        text, special, _ = self._spans(rest.partition(CLOSE)[0])
+        before = text[: special[0][0]] if special else text
+        if before.strip():
+            return "", before
+        return (text[slice(*special[0])] if special else ""), ""
 
     def marked(self, messages: Sequence[Message], place: str) -> Marked:
         """A conversation as a text, and what of it is learned."""
@@ -159,7 +182,15 @@ class Chat:
                 tools=None,
                 documents=None,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        # A template is a program: these are what it says to messages that it was not made for.
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise InputError(f"{place}: the chat template refuses it", got=str(error)) from error
 
     def _by_turns(self, messages: Sequence[Message], whole: str, place: str) -> str:
@@ -216,11 +247,23 @@ class Chat:
         return text, special, learned
 
 
+def brings_template(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer's files hold a chat template."""
+    config = tokenizer.files[0].with_name(CONFIG)
+    return config.with_name(OWN_FILE).exists() or bool(_config(config).get("chat_template"))
+
+
+def _check_marks(messages: Sequence[Message], place: str) -> None:
+    written = json.dumps(messages, ensure_ascii=False, default=str)
+    if any(mark in written for mark in (OPEN, CLOSE, BREAK)):
+        raise InputError(f"{place} holds a character that is none (U+FDD0 to U+FDD2)", fix="leave it out")
+
+
 def _template_text(template: str, config: Path) -> str:
     if template in SHIPPED:
         return SHIPPED[template].read_text(encoding="utf-8")
     if template == OWN:
-        own = config.with_name("chat_template.jinja")
+        own = config.with_name(OWN_FILE)
         if own.exists():
             return own.read_text(encoding="utf-8")
         found = _config(config).get("chat_template")

@@ -13,7 +13,7 @@ from mosaicjax.data.tokenizer import Tokenizer
 from mosaicjax.errors import InputError
 from mosaicjax.generate import Generator, Run, load_run
 from mosaicjax.harness.score import Scorer
-from mosaicjax.hub import start
+from mosaicjax.hub import peft, start
 from mosaicjax.hub.foreign_dir import open_model
 from mosaicjax.hub.model_dir import Kind, kind_of, newest_step, read_imported
 from mosaicjax.mesh import Mesh
@@ -90,8 +90,13 @@ def model_length(path: str) -> int:
             length = read_imported(path).length
         case Kind.FOREIGN:
             length = open_model(path).length
+        case Kind.ADAPTER:
+            length = model_length(peft.base_of(path))
     if not length:
-        raise InputError(f"{path} does not say how long a text its model reads", fix="--max-length")
+        raise InputError(
+            f"{path} does not say how long a text its model reads",
+            fix="--max-length, or --longest of `serve`",
+        )
     return length
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,12 +25,10 @@ from mosaicjax.models import paged
 from mosaicjax.models.decode import NOT_FINITE
 from mosaicjax.models.decoder import Decoder
 from mosaicjax.serve.pages import NoRoom, Pages, Table
-from mosaicjax.serve.request import Wishes
+from mosaicjax.serve.request import NOTHING, Finish, Hear, Piece, Told, Wishes
 from mosaicjax.serve.sampler import Drawn, Penalties, row_set
 from mosaicjax.serve.step import stepped
 from mosaicjax.spec import Dtypes
-
-Finish = Literal["separator", "stop", "length", "cancelled", "broken"]
 
 
 @dataclass(frozen=True)
@@ -69,26 +67,6 @@ class Sizes:
     def table(self) -> int:
         """Pages that the longest request takes."""
         return math.ceil(self.longest / self.page)
-
-
-class Told(NamedTuple):
-    """The log-probability of a token, and the likeliest tokens with theirs; ids."""
-
-    logprob: float
-    likeliest: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """News of a request: text that may be shown, the tokens drawn for it, and at the end why it ended."""
-
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-    told: tuple[Told, ...] = ()
-    finish: Finish | None = None
-
-
-Hear = Callable[[Piece], None]
 
 
 @dataclass(eq=False)
@@ -214,10 +192,8 @@ class Engine:
             self._run([], length)
         self._set_penalties(0, (), Wishes(), ())
 
-    def submit(self, prompt: Sequence[int], wishes: Wishes, hear: Hear, choice: int = 0) -> Request:
-        """Take a request of token ids; `hear` is called from `turn` with each piece of news.
-
-        `choice` tells several completions of one prompt apart.
+    def check(self, prompt: Sequence[int], wishes: Wishes) -> None:
+        """Refuse what `submit` would; any thread may ask.
 
         Raises:
             InputError: wishes that mean nothing, no token, one that the model lacks, or too many.
@@ -232,6 +208,16 @@ class Engine:
             )
         if not all(0 <= token < self.tokenizer.size for token in prompt):
             raise InputError("a prompt's tokens", expected=f"ids below {self.tokenizer.size}")
+
+    def submit(self, prompt: Sequence[int], wishes: Wishes, hear: Hear, choice: int = 0) -> Request:
+        """Take a request of token ids; `hear` is called from `turn` with each piece of news.
+
+        `choice` tells several completions of one prompt apart.
+
+        Raises:
+            InputError: as `check`.
+        """
+        self.check(prompt, wishes)
         stream = TextStream(wishes.sampling.stop)
         request = Request(next(self._numbers), tuple(prompt), wishes, hear, stream, choice)
         self.counts.requests += 1
@@ -392,7 +378,8 @@ class Engine:
         request.written.append(token)
         self.counts.written_tokens += 1
         told = self._told(request, drawn, i)
-        if token in self.tokenizer.ends and not request.wishes.past_end:
+        ends = (*self.tokenizer.ends, *request.wishes.ends)
+        if token in ends and not request.wishes.past_end:
             self._finish(request, "separator", Piece("", (token,), told))
             return
         text = request.stream.push(self.tokenizer.pieces[token])
@@ -413,7 +400,7 @@ class Engine:
         likeliest = [(int(token), float(value)) for token, value in zip(ids, values, strict=True)]
         return (Told(float(drawn.logprob_B[i]), likeliest),)
 
-    def _finish(self, request: Request, finish: Finish, last: Piece = Piece()) -> None:
+    def _finish(self, request: Request, finish: Finish, last: Piece = NOTHING) -> None:
         request.finish, request.pending = finish, None
         self._release(request)
         if request in self._waiting:

@@ -1,10 +1,11 @@
-"""What a request asks for, checked before it is taken."""
+"""What a request asks for, checked before it is taken, and what it is told."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from mosaicjax.errors import InputError
 from mosaicjax.generate import Sampling
@@ -25,7 +26,7 @@ class Wishes:
     `presence` is taken off the logits of tokens that the text has, and `frequency` for each time that it has
     them. `bias` is added to the logits of tokens by id. `logprobs` of the likeliest tokens are told with each
     token, by the model's own logits, before all of this; None tells none, 0 that of the token alone.
-    `past_end` goes on where the model ends the document.
+    `ends` are tokens that end the text beside the tokenizer's; `past_end` goes on behind all of them.
 
     Source: repetition: Keskar et al. 2019, arXiv 1909.05858, as Transformers has it; presence, frequency and
     bias: OpenAI's API reference; min-p: Nguyen et al. 2024, arXiv 2407.01082.
@@ -38,6 +39,7 @@ class Wishes:
     frequency: float = 0.0
     bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    ends: tuple[int, ...] = ()
     past_end: bool = False
 
     @property
@@ -70,3 +72,28 @@ class Wishes:
                     expected=f"-100 to 100 of tokens 0 to {vocabulary - 1}",
                     got=f"{value} of {token}",
                 )
+
+
+Finish = Literal["separator", "stop", "length", "cancelled", "broken"]
+
+
+class Told(NamedTuple):
+    """The log-probability of a token, and the likeliest tokens with theirs; ids."""
+
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of a request: text that may be shown, the tokens drawn for it, and at the end why it ended."""
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    told: tuple[Told, ...] = ()
+    finish: Finish | None = None
+
+
+NOTHING = Piece()
+
+Hear = Callable[[Piece], None]
