@@ -25,7 +25,7 @@ help:
 	@echo "make peers       the libraries that some tests compare with, in $(VENV) too: PyTorch, Transformers, libtpu"
 	@echo "make test-slow   the slow tests, and those against peer libraries where these are installed"
 	@echo "make gate        figures of compiled programs against the stored ones; fails where one got worse"
-	@echo "make soak        random kills and resumes, for as long as SOAK_MINUTES says, and cases that take minutes"
+	@echo "make soak        random kills and resumes, and mixed load on a server, SOAK_MINUTES each; cases of minutes"
 	@echo "make hardware-check  on a TPU: kernels against the reference, times beside predictions, one JSON"
 	@echo "make lint        ruff and mypy"
 	@echo "make lock        write $(LOCK) anew from pyproject.toml"

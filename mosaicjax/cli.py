@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+from mosaicjax.cli_bench import add_bench_serve
 from mosaicjax.cli_data import add_data
 from mosaicjax.cli_eval import add_eval
 from mosaicjax.cli_serve import add_serve
@@ -67,6 +68,7 @@ def parser() -> Parser:
     _add_report(commands)
     _add_import(commands)
     _add_export(commands)
+    add_bench_serve(commands, _command)
     add_data(commands, _command)
     return top
 

@@ -43,6 +43,12 @@ def add_serve(commands: Any, command_of: Callable[..., Any]) -> None:
     command.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
     sizes = command.add_argument_group("what is compiled and held")
     sizes.add_argument("--rows", type=int, default=32, help="completions written at once")
+    sizes.add_argument(
+        "--widths",
+        default="1,8",
+        metavar="N,...",
+        help="fewer rows, computed where no more write (%(default)s)",
+    )
     sizes.add_argument("--chunk", type=int, default=128, help="tokens of a prompt read at once")
     sizes.add_argument("--page", type=int, default=16, help="tokens in a page of the cache")
     sizes.add_argument("--pages", type=int, default=1_024, help="of the cache")
@@ -73,7 +79,9 @@ def _serve(options: argparse.Namespace) -> int:
         template=options.template,
         step=options.step,
         mesh=mesh_of(options.mesh),
-        sizes=Sizes(options.rows, options.chunk, options.page, options.pages, _longest(options)),
+        sizes=Sizes(
+            options.rows, options.chunk, options.page, options.pages, _longest(options), _widths(options)
+        ),
         limits=limits,
         keys=keys,
         usd_per_hour=options.usd_per_hour,
@@ -87,6 +95,14 @@ def _longest(options: argparse.Namespace) -> int:
 
     longest: int = options.longest or min(model_length(options.model), LONGEST)
     return longest
+
+
+def _widths(options: argparse.Namespace) -> tuple[int, ...]:
+    """The widths below the rows, of which there may be fewer."""
+    words = [word for word in options.widths.split(",") if word]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise InputError("--widths", expected="numbers from 1 between commas, as 1,8", got=options.widths)
+    return tuple(sorted({int(word) for word in words if int(word) < options.rows}))
 
 
 def mesh_of(text: str) -> Mesh:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from mosaicjax.errors import InputError
 from mosaicjax.generate import load_run
@@ -17,6 +18,9 @@ from mosaicjax.mesh import Layout, Mesh
 from mosaicjax.serve.chatting import chatter_of
 from mosaicjax.serve.engine import Engine, Sizes
 from mosaicjax.serve.limits import Keys, Limits, check_host
+
+if TYPE_CHECKING:
+    from mosaicjax.serve.service import Service
 
 NEEDED = ("fastapi", "httptools", "uvicorn")
 """Packages of the extra `serve`."""
@@ -64,25 +68,30 @@ def serve_model(wanted: Wanted, say: Callable[[str], None]) -> int:
     if wanted.usd_per_hour is not None:
         Price(wanted.usd_per_hour, "the command line", "")
     from mosaicjax.serve.server import bind, serve
-    from mosaicjax.serve.service import Service
 
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
     logging.getLogger("mosaicjax.serve").setLevel(logging.INFO)
     with bind(wanted.host, wanted.port) as sock:
-        decoder, weights, layout, dtypes, tokenizer = load_run(wanted.model, wanted.mesh, wanted.step)
-        # A run reads documents behind a separator, conversations too; templates of others bring their own.
-        before = tokenizer.before if kind_of(wanted.model) is Kind.RUN else ()
-        service = Service(
-            Engine(decoder, weights, layout, dtypes, tokenizer, wanted.sizes),
-            wanted.name or PurePosixPath(wanted.model).name or wanted.model,
-            chatter=chatter_of(wanted.template, tokenizer, before),
-            limits=wanted.limits,
-            keys=wanted.keys,
-            usd_per_hour=_price(layout) if wanted.usd_per_hour is None else wanted.usd_per_hour,
-            log_prompts=wanted.log_prompts,
-        )
-        serve(service, sock, say)
+        serve(_service(wanted), sock, say)
     return 0
+
+
+def _service(wanted: Wanted) -> Service:
+    """The model, with all that is asked of it; the weights as they were read are not kept beside it."""
+    from mosaicjax.serve.service import Service
+
+    decoder, weights, layout, dtypes, tokenizer = load_run(wanted.model, wanted.mesh, wanted.step)
+    # A run reads documents behind a separator, conversations too; templates of others bring their own.
+    before = tokenizer.before if kind_of(wanted.model) is Kind.RUN else ()
+    return Service(
+        Engine(decoder, weights, layout, dtypes, tokenizer, wanted.sizes),
+        wanted.name or PurePosixPath(wanted.model).name or wanted.model,
+        chatter=chatter_of(wanted.template, tokenizer, before),
+        limits=wanted.limits,
+        keys=wanted.keys,
+        usd_per_hour=_price(layout) if wanted.usd_per_hour is None else wanted.usd_per_hour,
+        log_prompts=wanted.log_prompts,
+    )
 
 
 def _price(layout: Layout) -> float | None:

@@ -1,16 +1,15 @@
 """Continuous batching: requests join and leave between steps, on pages that they share where they can.
 
-The engine is driven from one thread, a `turn` at a time: part of one prompt is read, then every row that
+The engine is driven from one thread, a `turn` at a time: parts of prompts are read, then every row that
 writes gets a token. All programs have one shape each and are compiled by `warm_up`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,78 +23,15 @@ from mosaicjax.mesh import Layout
 from mosaicjax.models import paged
 from mosaicjax.models.decode import NOT_FINITE
 from mosaicjax.models.decoder import Decoder
-from mosaicjax.serve.pages import NoRoom, Pages, Table
+from mosaicjax.models.unrolled import loops_copy, unrolled, unrolled_weights
+from mosaicjax.serve.pages import NoRoom, Pages
 from mosaicjax.serve.request import NOTHING, Finish, Hear, Piece, Told, Wishes
+from mosaicjax.serve.rows import Request, Sizes, Work, arrays, placed
 from mosaicjax.serve.sampler import Drawn, Penalties, row_set
 from mosaicjax.serve.step import stepped
 from mosaicjax.spec import Dtypes
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is compiled, and how much is held: `rows` written and `chunk` tokens of a prompt read at once.
-
-    `pages` of `page` tokens hold the keys and values of all requests; one has at most `longest` tokens,
-    prompt and text together.
-    """
-
-    rows: int = 32
-    chunk: int = 128
-    page: int = 16
-    pages: int = 1_024
-    longest: int = 2_048
-
-    def check(self) -> None:
-        """Refuse sizes that mean nothing.
-
-        Raises:
-            InputError: with the size, expected and got.
-        """
-        for name in ("rows", "chunk", "page", "pages", "longest"):
-            if getattr(self, name) < 1:
-                raise InputError(f"serve's {name}", expected="1 or more", got=getattr(self, name))
-        if self.chunk % self.page:
-            raise InputError("serve's chunk", expected=f"a multiple of {self.page}, a page", got=self.chunk)
-        if self.table > self.pages:
-            raise InputError(
-                "serve's pages",
-                expected=f"{self.table} or more, for one request of {self.longest} tokens",
-                got=self.pages,
-            )
-
-    @property
-    def table(self) -> int:
-        """Pages that the longest request takes."""
-        return math.ceil(self.longest / self.page)
-
-
-@dataclass(eq=False)
-class Request:
-    """A request on its way; only the engine's thread changes it.
-
-    `number` is the order of arrival, `choice` which of several completions of one prompt this is: with the
-    seed and a token's position it is what randomness depends on. `read` of its tokens have keys in the cache;
-    `pending` was drawn last and has none yet.
-    """
-
-    number: int
-    prompt: tuple[int, ...]
-    wishes: Wishes
-    hear: Hear
-    stream: TextStream
-    choice: int = 0
-    written: list[int] = field(default_factory=list)
-    finish: Finish | None = None
-    cancelled: bool = False
-    table: Table | None = None
-    row: int | None = None
-    read: int = 0
-    pending: int | None = None
-
-    @property
-    def tokens(self) -> list[int]:
-        """Prompt and text."""
-        return [*self.prompt, *self.written]
+SIZES = Sizes()
 
 
 @dataclass
@@ -121,7 +57,7 @@ class Engine:
         layout: Layout,
         dtypes: Dtypes,
         tokenizer: Tokenizer,
-        sizes: Sizes = Sizes(),
+        sizes: Sizes = SIZES,
     ) -> None:
         """Nothing is compiled yet.
 
@@ -138,6 +74,8 @@ class Engine:
                 got=tokenizer.size,
                 fix="the tokenizer that the model was trained with",
             )
+        if loops_copy(layout):
+            decoder, weights = unrolled(decoder), unrolled_weights(decoder, weights, layout)
         self.sizes, self.tokenizer, self.counts = sizes, tokenizer, Counts()
         self._weights, self._layout = weights, layout
         self._pages = Pages(sizes.pages, sizes.page)
@@ -188,8 +126,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile all programs: afterwards none is compiled."""
-        for length in (self.sizes.chunk, 1):
-            self._run([], length)
+        for shape in self.sizes.shapes:
+            self._call([], shape)
         self._set_penalties(0, (), Wishes(), ())
 
     def check(self, prompt: Sequence[int], wishes: Wishes) -> None:
@@ -230,13 +168,11 @@ class Engine:
         request.cancelled = True
 
     def turn(self) -> None:
-        """Read part of one prompt, and write one token of each row that has read its own."""
+        """Read parts of prompts, and write one token of each row that has read its own."""
         self.counts.turns += 1
         self._drop_cancelled()
         self._admit()
-        reading = [each for each in self._rows if each is not None and each.pending is None]
-        if reading:
-            self._read(min(reading, key=lambda each: each.number))
+        self._read_some()
         self._write()
 
     def _drop_cancelled(self) -> None:
@@ -266,16 +202,30 @@ class Engine:
                 self._bent.add(request.row)
                 self._set_penalties(request.row, request.prompt, request.wishes, request.written)
 
+    def _read_some(self) -> None:
+        """The next chunk of the oldest prompt; of more where more requests wait for it than for a token.
+
+        A chunk keeps those waiting that write, and all whose prompts stand behind. So long as there are fewer
+        of the former than of the latter a chunk more is read; one long prompt alone is read a chunk a turn.
+        """
+        chunks = 0
+        while reading := [each for each in self._rows if each is not None and each.pending is None]:
+            writing = self.running - len(reading)
+            if chunks * max(writing, 1) >= len(reading):
+                return
+            self._read(min(reading, key=lambda each: each.number))
+            chunks += 1
+
     def _read(self, request: Request) -> None:
         """The next chunk of a prompt, up to a multiple of a chunk: cuts are always at the same places."""
         assert request.table is not None and request.row is not None
         tokens = request.table.tokens
         end = min((request.read // self.sizes.chunk + 1) * self.sizes.chunk, len(tokens))
-        drawn = self._run([(request, tokens[request.read : end])], self.sizes.chunk)
+        drawn, (place,) = self._run([(request, tokens[request.read : end])], (1, self.sizes.chunk))
         request.read = end
         self._pages.written(request.table, end)
         if end == len(tokens):
-            self._take(request, drawn, 0)
+            self._take(request, drawn, place)
 
     def _write(self) -> None:
         """A token more of each row that has one pending, whose keys are not in the cache yet."""
@@ -286,12 +236,13 @@ class Engine:
         writing = [each for each in writing if each.row is not None and each.pending is not None]
         if not writing:
             return
-        drawn = self._run([(each, [each.pending]) for each in writing if each.pending is not None], 1)
-        for request in writing:
-            assert request.table is not None and request.row is not None
+        work = [(each, [each.pending]) for each in writing if each.pending is not None]
+        drawn, places = self._run(work, (self.sizes.width(len(work)), 1))
+        for request, place in zip(writing, places, strict=True):
+            assert request.table is not None
             request.read += 1
             self._pages.written(request.table, request.read)
-            self._take(request, drawn, request.row)
+            self._take(request, drawn, place)
 
     def _make_slot(self, request: Request) -> None:
         """A slot for the pending token; the youngest requests wait again where no page is left."""
@@ -323,48 +274,16 @@ class Engine:
             self._rows[request.row] = None
             request.row = None
 
-    def _run(self, work: Sequence[tuple[Request, Sequence[int]]], length: int) -> Drawn:
-        """One call: of rows that write, each at its own place, or of one prompt's chunk."""
-        rows = self.sizes.rows if length == 1 else 1
-        tokens_BL = np.zeros((rows, length), np.int32)
-        first_B, lengths_B, before_B = (np.zeros(rows, np.int32) for _ in range(3))
-        tables_BM = np.zeros((rows, self.sizes.table), np.int32)
-        seeds_B2 = np.zeros((rows, 2), np.uint32)
-        numbers = np.zeros((rows, 3), np.float32)
-        numbers[:, 1] = 1.0
-        top_k_B, slots_B = np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32)
-        told_B, taken_B = np.zeros(rows, bool), np.zeros(rows, bool)
-        for request, tokens in work:
-            assert request.row is not None and request.table is not None
-            i = request.row if rows > 1 else 0
-            sampling = request.wishes.sampling
-            tokens_BL[i, : len(tokens)] = tokens
-            first_B[i], lengths_B[i] = request.read, len(tokens)
-            before_B[i] = request.table.tokens[request.read - 1] if request.read else 0
-            pages = request.table.numbers
-            tables_BM[i, : len(pages)] = pages
-            seeds_B2[i] = sampling.seed, request.choice
-            numbers[i] = sampling.temperature, sampling.top_p, request.wishes.min_p
-            top_k_B[i] = min(sampling.top_k, self.tokenizer.size)
-            told_B[i] = request.wishes.logprobs is not None
-            slots_B[i] = request.row
-            # Behind a part of a prompt a token is drawn too, that nobody takes.
-            taken_B[i] = request.read + len(tokens) == len(request.table.tokens)
+    def _run(self, work: Work, shape: tuple[int, int]) -> tuple[Drawn, list[int]]:
+        """One call; what was drawn, and each request's place in that."""
+        return self._call(work, shape), placed(work, shape, self.sizes)
+
+    def _call(self, work: Work, shape: tuple[int, int]) -> Drawn:
         drawn, self._cache, self._penalties = self._step(
             self._weights,
-            tokens_BL=tokens_BL,
-            first_B=first_B,
-            lengths_B=lengths_B,
-            before_B=before_B,
-            tables_BM=tables_BM,
             pages=self._cache,
             penalties=self._penalties,
-            slots_B=slots_B,
-            seeds_B2=seeds_B2,
-            numbers_B3=numbers,
-            top_k_B=top_k_B,
-            told_B=told_B,
-            taken_B=taken_B,
+            **arrays(work, shape, self.sizes, self.tokenizer.size),
         )
         fetched: Any = jax.device_get(drawn)
         return Drawn(*fetched)

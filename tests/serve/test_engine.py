@@ -299,3 +299,32 @@ def test_min_p_keeps_what_is_likely_enough():
         many = jnp.broadcast_to(logits, (B, 5))
         drawn = draw(many, jnp.zeros(B, jnp.int32), choice, penalties, jnp.zeros(B, bool), 5)
         assert sorted(set(np.asarray(drawn.tokens_B).tolist())) == list(range(kept)), share
+
+
+def test_fewer_rows_computed_change_nothing_but_rounding(model, engine):
+    """Programs of one, two and four rows take turns, as requests come and go."""
+    asked = [(prompt, replace(each, logprobs=0)) for prompt, each in drawn_requests(14, seed=8)]
+    asked += drawn_requests(6, seed=9, temperature=0.7, repetition=1.2, logprobs=0)
+    narrow = model.engine(replace(SMALL, widths=(2, 1)))
+    narrow.warm_up()
+    programs = narrow.programs
+    found, expected = run(narrow, asked, seed=3), run(engine, asked, seed=4)
+    assert narrow.programs == programs == 5
+    for one, other in zip(found, expected, strict=True):
+        assert (one.tokens, one.text, one.finish) == (other.tokens, other.text, other.finish)
+        told = ([each.logprob for each in heard.told] for heard in (one, other))
+        np.testing.assert_allclose(*told, atol=1e-5)
+
+
+def test_prompts_are_read_while_more_wait_for_them_than_for_a_token(engine):
+    """Of four that come at once two are read in the first turn: then as many write as read."""
+    heard = [Heard() for _ in range(4)]
+    for number, one in enumerate(heard):
+        engine.submit([number, 7, 9], wishes(max_tokens=30, past_end=True), one)
+    written = []
+    for _ in range(3):
+        engine.turn()
+        written.append([len(one.tokens) for one in heard])
+    assert written == [[2, 2, 0, 0], [3, 3, 2, 0], [4, 4, 3, 2]]
+    while not engine.idle:
+        engine.turn()
