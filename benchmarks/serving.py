@@ -1,16 +1,15 @@
-"""Serving on the machine at hand: `mosaicjax serve` beside Transformers and llama.cpp, on the same weights.
+"""Serving on the machine at hand: `mosaicjax serve` beside Transformers' `generate`, on the same weights.
 
     make install peers
     python benchmarks/serving.py --size 124M          # or quickstart
-    python benchmarks/serving.py --size 124M --llama-python PYTHON_THAT_HAS_XLLAMACPP_AND_GGUF
 
 One model of GPT-2's shape with random weights in float32, exported by `mosaicjax export`'s own code; prompts
 of random token ids, greedy, as many tokens written by all. Ours is a process, `mosaicjax serve`, asked over
 HTTP by the clients of `mosaicjax bench-serve`, which take their share of the same cores; no setting of it was
 searched. Peers are Transformers' `generate`: one request at a time behind a queue, in batches of as many
 prompts as there are clients, and all prompts at once; without HTTP, which costs them nothing. `transformers
-serve` and llama.cpp's server take part where they are to be had, and else the result says why not. Each peer
-has the best of its thread counts, tried once each before the rounds; what was tried is kept.
+serve` and llama.cpp's server are not asked. Each peer has the best of its thread counts, tried once each
+before the rounds; what was tried is kept.
 
 In a round each level of clients has prompts of its own, which no cache has seen; one contestant after the
 other answers them, ours first and last in turn. Ratios are of the same round. The share of the bandwidth
@@ -54,7 +53,6 @@ from mosaicjax.bench_serve.results import summarize  # noqa: E402
 
 OURS = "mosaicjax serve"
 ONE, BATCHED, AT_ONCE = "generate, one at a time", "generate, a batch a wave", "generate, all at once"
-SERVE, LLAMA = "transformers serve", "llama.cpp"
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "fastapi", "uvicorn")
 BLOCK_FLOATS = 64 * 2**20 // 4
 
@@ -87,7 +85,6 @@ class Bench:
         self.model = write_model(folder / "model", options.size)
         self.levels: list[int] = options.clients
         self.contestants: dict[str, Contestant] = {}
-        self.missing: dict[str, str] = {}
         self.tried: dict[str, dict[str, float]] = {}
         self.seed = 0
 
@@ -113,22 +110,15 @@ class Bench:
     def all(self) -> Iterator[None]:
         """Start whoever can be had; end all of them behind the block."""
         with contextlib.ExitStack() as stack:
-            self._add(stack, OURS, self._ours)
+            try:
+                ours = self._ours()
+            except Unavailable as error:
+                raise SystemExit(f"{OURS}: {error}") from error
+            stack.callback(ours.close)
+            self.contestants[OURS] = ours
             if not self.options.only_ours:
                 self._add_generate(stack)
             yield
-
-    def _add(self, stack: contextlib.ExitStack, name: str, make: Callable[[], Contestant]) -> None:
-        try:
-            contestant = make()
-        except Unavailable as error:
-            if name == OURS:
-                raise SystemExit(f"{name}: {error}") from error
-            self.missing[name] = str(error)
-            print(f"{name} does not take part: {error}", flush=True)
-            return
-        stack.callback(contestant.close)
-        self.contestants[name] = contestant
 
     def _ours(self) -> Contestant:
         port = free_port()
@@ -256,7 +246,6 @@ def main() -> None:
         "weight_bytes_a_step": nbytes,
         "bandwidth_gb_per_second": limit / GIGA,
         "threads_tried": bench.tried,
-        "not_measured": bench.missing,
         "levels": {level: level_result(each, nbytes, limit) for level, each in taken.items()},
         "machine": machine(PACKAGES),
     }

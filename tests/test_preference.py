@@ -256,6 +256,7 @@ def test_without_weights_to_begin_from_it_compares_with_the_seeds(recipes, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_do_the_same(finished, recipes, tmp_path):
     results = tiny.ended(tiny.launch_job("train", recipes["full"], "--out", tmp_path / "job"))
     assert [result.returncode for result in results] == [0, 0], results

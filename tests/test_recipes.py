@@ -4,7 +4,9 @@ A new file of recipes/ fails here until it is listed with its published count.
 """
 
 import dataclasses
+import json
 import math
+import random
 import runpy
 import subprocess
 from pathlib import Path
@@ -16,7 +18,8 @@ import pytest
 
 from mosaicjax import recipe_file
 from mosaicjax.data.build import build
-from mosaicjax.data.tokenizer import train_tokenizer
+from mosaicjax.data.chat import Chat
+from mosaicjax.data.tokenizer import load_tokenizer, train_tokenizer
 from mosaicjax.show import described
 from tests import jobs, tiny
 
@@ -332,13 +335,52 @@ def store(tmp_path_factory) -> Path:
     return folder / "store"
 
 
+# Their loss is not of tokens.
+OF_PAIRS = {"preference"}
 # Those that another of their family stands for here.
 STOOD_FOR = {"mpt_7b", "pythia_2_8b", "replit_code_3b", "mpt_7b_instruct", "dolly_gptj_6b", "instruct"}
 
 
+def train(name, out, options):
+    done = subprocess.run(
+        jobs.command("recipe_worker.py", FOLDER / f"{name}.py", out, *options),
+        env=jobs.environment(1) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_two_steps_on_pairs(store, tmp_path):
+    """The recipe on preference pairs, from weights drawn from the seed: what it compares with is itself."""
+    rows, rng = tmp_path / "rows.jsonl", random.Random(5)
+    words = [" ".join(rng.sample(tiny.WORDS, 4)) for _ in range(120)]
+    pairs = zip(words[::3], words[1::3], words[2::3], strict=True)
+    text = [json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))) for pair in pairs]
+    rows.write_text("\n".join(text), encoding="utf-8")
+    tokenizer = load_tokenizer(store.parent / "tokenizer")
+    chat = Chat.of("plain", tokenizer)
+    build([rows], tmp_path / "pairs", tokenizer=tokenizer, chat=chat, held_out=0.0, workers=1, progress=False)
+    recipe = recipe_of("preference")
+    options = ["--steps", 2, "--batch", 1, "--init-from", "", "--data.path", tmp_path / "pairs"]
+    options += ["--eval.every", 0, "--log.tensorboard", "False", *small(recipe.model)]
+    train("preference", tmp_path / "run", options)
+    first, second = tiny.metrics(tmp_path / "run")
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert first["reward_margin"] == first["reward_accuracy"] == 0
+    assert second["reward_margin"] != 0 and math.isfinite(second["loss"])
+    assert first["grad_norm"] > 0 and 0 < first["tokens"] <= recipe.seq
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in STOOD_FOR)) for name in NAMES]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.soak] * (name in STOOD_FOR))
+        for name in NAMES
+        if name not in OF_PAIRS
+    ],
 )
 def test_two_steps_of_a_narrow_and_shallow_one(name, store, tmp_path):
     """Vocabulary, norms, positions, init, experts, optimizer, methods, dtypes and loss are the recipe's.
@@ -350,13 +392,7 @@ def test_two_steps_of_a_narrow_and_shallow_one(name, store, tmp_path):
     options = ["--steps", 2, "--batch", 1, "--microbatch", 0, "--seq", min(recipe.seq, LONGEST)]
     options += ["--init-from", ""] if name in STARTED_FROM else []
     options += ["--data.path", store, "--eval.every", 0, "--log.tensorboard", "False", *small(recipe.model)]
-    done = subprocess.run(
-        jobs.command("recipe_worker.py", FOLDER / f"{name}.py", out, *options),
-        env=jobs.environment(1) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    train(name, out, options)
     loaded = recipe_file.from_run(str(out)).recipe
     changed = {change.name for change in recipe_file.changes(recipe, loaded)}
     allowed = {"steps", "batch", "microbatch", "data.path", "eval.every", "log.tensorboard"}

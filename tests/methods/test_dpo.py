@@ -210,7 +210,7 @@ def test_layers_may_be_frozen_after_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BEFORE)
 @pytest.mark.parametrize("mesh", [*toy.MESHES, "fsdp"])
-@pytest.mark.parametrize(("microbatch", "chunk"), [(8, 0), (4, 8)])
+@pytest.mark.parametrize(("microbatch", "chunk"), [(8, 0), pytest.param(4, 8, marks=pytest.mark.soak)])
 def test_gradients_on_a_mesh(kind, mesh, microbatch, chunk):
     if mesh == "fsdp" and microbatch % 8:
         microbatch = 8
