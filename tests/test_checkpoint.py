@@ -342,6 +342,7 @@ def test_a_full_disk_is_one_line_and_spares_the_others(tmp_path):
         checkpoint_worker.check(Checkpoints(tmp_path).restore(step, target), expected)
 
 
+@pytest.mark.slow
 def test_killed_while_saving(run_dir):
     """Twice: a process that saves in a loop gets SIGKILL, and the next one goes on from what is whole."""
     elements = 2**20 if storage.is_remote(run_dir) else 2**22

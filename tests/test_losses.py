@@ -98,6 +98,7 @@ def test_huge_logits_stay_finite():
     assert float(log_partition[0, 0]) == 1e4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("packed", "smoothing"), [(False, 0.25), (True, 0.0)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunked_equals_whole(packed, smoothing, tied):

@@ -49,6 +49,7 @@ def test_the_step_the_rows_and_the_first_layer_are_named(tiny_run, tmp_path, cap
         assert np.isfinite(array).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layer", "place"),
     [
@@ -86,6 +87,7 @@ class Steep(Position):
 '''
 
 
+@pytest.mark.slow
 def test_a_nan_of_the_backward_pass_alone_names_the_weight(tiny_store, tmp_path, capsys):
     model = "mpt.Config(layers=2, embed=32, heads=2, mlp=64, vocab=320, position=Steep())"
     recipe = tiny.write_recipe(tmp_path / "steep.py", tiny_store, before=STEEP, model=model)

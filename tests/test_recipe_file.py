@@ -235,6 +235,7 @@ def test_flat_names_every_leaf(recipe):
     assert "--price" not in named and "--model.qk-norm" not in named
 
 
+@pytest.mark.slow
 def test_every_option_that_is_listed_can_be_given(recipe):
     for name, value in recipe_file.options(recipe):
         given = [value.strip("'")] if value else []

@@ -207,6 +207,7 @@ def collectives(step, folder):
     return {kind: set(re.findall(rf"= (\w+\[[\d,]*\])\S* {kind}\(", after.read_text())) for kind in kinds}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gather", "sums"), [("compiler", "reduce"), ("explicit", "reduce"), ("explicit", "compute")]
 )
@@ -238,6 +239,7 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass(gather):
     assert not re.findall(r"f32\[3,(?:32,128|128,32|32,8,4|8,4,32)\]", text)
 
 
+@pytest.mark.slow
 def test_moments_and_weights_are_overwritten_where_they_lie():
     # A copy of an argument of the step is a weight or a moment that something else still reads.
     config = mpt.Config(layers=3, embed=32, heads=8, mlp=128, vocab=64)

@@ -113,6 +113,7 @@ def test_init_from_takes_the_weights_alone(continued, tiny_run, tiny_recipe, tin
     assert counts and all(count == 1 for count in counts) and arrays["step"] == 1
 
 
+@pytest.mark.slow
 def test_prompts_bear_no_loss(tiny_run, tiny_store, tmp_path, capsys):
     """From rows of prompt and response to a run's loss and its tokens."""
     lines = (tiny_store.parent / "documents.jsonl").read_text().splitlines()
@@ -145,6 +146,7 @@ def test_prompts_bear_no_loss(tiny_run, tiny_store, tmp_path, capsys):
     assert row["loss"] != pytest.approx(everywhere, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_a_naive_gradient(continued, tiny_run):
     (row,) = tiny.metrics(continued)
     recipe = recipe_file.from_run(str(continued)).recipe

@@ -71,6 +71,7 @@ def made(tmp_path_factory, tokenizer, write_rows):
     return Store.open(folder / "store")
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     seq=st.sampled_from([33, 128, 200]),

@@ -18,6 +18,7 @@ ALL_KEYS = attention_xla.Sizes(queries=4, keys=64, together=0)
 HEADS_TOGETHER = attention_xla.Sizes(queries=4, keys=8, together=2_000)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**16), problem=problems(st.sampled_from([1, 7, 8, 9, 30])))
 def test_gradients_equal_the_reference(seed, problem):

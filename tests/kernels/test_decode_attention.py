@@ -70,6 +70,7 @@ SHAPES = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     seed=st.integers(0, 99),

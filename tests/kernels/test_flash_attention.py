@@ -117,6 +117,7 @@ def test_the_reference_equals_loops(seed, problem):
         np.testing.assert_allclose(one, other, atol=3e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**16), problem=problems(st.integers(1, 12)))
 def test_the_references_gradient_is_that_of_its_forward_pass(seed, problem):
@@ -297,6 +298,7 @@ def test_equals_jax(implementation, heads, kv_heads, window):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "check", "length"),
     [("pallas_interpreted", False, 300), ("xla", False, 30), ("xla", True, 30), ("xla", True, 800)],

@@ -43,6 +43,7 @@ def draw(rng, B, L, K, G, S, M, C, V, dtype=jnp.float32):
     return q, k, v, tables
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     sizes=st.sampled_from([(1, 1, 1, 1), (3, 1, 2, 2), (2, 5, 1, 3), (4, 3, 2, 1)]),

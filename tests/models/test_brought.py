@@ -133,6 +133,7 @@ def trained_by_hand(recipe):
     return np.array(rows), module
 
 
+@pytest.mark.slow
 def test_a_run_is_what_nnx_and_optax_make_of_it(recipe, finished, capsys):
     loaded = recipe_file.from_file(str(recipe)).recipe
     with tiny.quick():

@@ -53,6 +53,7 @@ def test_over_a_mesh():
     check(config.build(), Mesh(fsdp=(2,), tensor=2).build(jax.devices()[:4]))
 
 
+@pytest.mark.slow
 def test_weights_are_those_that_a_model_without_loops_draws():
     """A weight's values depend on its name and its layer's number alone, in a loop or out of it."""
     decoder, layout = replace(MIXED, vocab=128).build(), Mesh(fsdp=(2,), tensor=2).build(jax.devices()[:4])

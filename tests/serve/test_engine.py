@@ -301,6 +301,7 @@ def test_min_p_keeps_what_is_likely_enough():
         assert sorted(set(np.asarray(drawn.tokens_B).tolist())) == list(range(kept)), share
 
 
+@pytest.mark.slow
 def test_fewer_rows_computed_change_nothing_but_rounding(model, engine):
     """Programs of one, two and four rows take turns, as requests come and go."""
     asked = [(prompt, replace(each, logprobs=0)) for prompt, each in drawn_requests(14, seed=8)]
