@@ -62,6 +62,7 @@ def matrices_of(name, array):
     return [expert for layer in array for expert in layer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nesterov", "rms", "cautious", "decay", "iterations", "lower"),
     [(True, 0.2, False, 0.0, 5, 0), (False, 0.0, False, 0.01, 3, 0.02), (True, 0.2, True, 0.02, 4, 0)],

@@ -249,6 +249,7 @@ def test_moments_and_weights_are_overwritten_where_they_lie():
     assert not re.findall(r"= f32\[\d\S* copy\(\S*%state_", text)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_changes_nothing():
     decoder = SMALL.build()
     step = Step(stepping.program(decoder, Phase(8, 4, 4)), stepping.alone(), seed=0)

@@ -116,6 +116,7 @@ def assert_is_the_loop(moe, experts, rows, skew, seed, dtypes=FLOAT64, tolerance
 KINDS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans())
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(
     KINDS.filter(lambda kind: kind[0] <= kind[1]),

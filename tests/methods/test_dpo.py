@@ -236,6 +236,7 @@ def run(made, steps, mesh=toy.ONE, number=0):
 FAST = AdamW(lr=Constant(peak=3e-3), weight_decay=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_margins_grow_and_the_reference_stays(kind):
     metrics, (start, held), (end, still) = run(program(*BEFORE[kind], DPO(BETA), optimizer=FAST), 30)
