@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mosaicjax import storage
 from mosaicjax.errors import InputError
+from mosaicjax.report.shown import loss_unit
 
 RAW, SMOOTH, HELDOUT = "#b8c4d6", "#1f4e8c", "#d1582b"
 
@@ -65,7 +66,7 @@ def draw_curve(
         )
     axes.set_title(title, loc="left")
     axes.set_xlabel("tokens seen" if over == "tokens" else "step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({loss_unit(rows)})")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     axes.grid(color="#e6e6e6", linewidth=0.6)

@@ -14,7 +14,7 @@ from mosaicjax.log import Row
 from mosaicjax.report.chart import Chart, Line, smooth, svg
 from mosaicjax.report.curve import Points
 from mosaicjax.report.live import format_count, format_duration, format_usd
-from mosaicjax.report.shown import EVAL, Shown
+from mosaicjax.report.shown import EVAL, Shown, loss_unit
 
 MOST_RUNS = 8
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f00", "#666666")
@@ -129,9 +129,8 @@ def losses(shown: Sequence[Shown]) -> list[Chart]:
             # Rows of evaluation have no cost of their own: the last step's before them is theirs.
             held = values(each, "eval", _carried(each, over), lambda row: row.get("loss"))
             lines.append(Line(f"{each.name}, held out", number, held, dots=True))
-        made.append(
-            Chart(f"Loss over {name}", name, "nats a token", tuple(lines), form, lambda y: f"{y:.3g}")
-        )
+        unit = loss_unit(*(each.rows for each in shown))
+        made.append(Chart(f"Loss over {name}", name, unit, tuple(lines), form, lambda y: f"{y:.3g}"))
     return made
 
 

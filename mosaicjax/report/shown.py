@@ -9,6 +9,7 @@ from typing import Any
 
 from mosaicjax import recipe_file, storage
 from mosaicjax.log import RUN_JSON, Row, read_rows
+from mosaicjax.methods.dpo import ACCURACY
 from mosaicjax.models import flops
 from mosaicjax.recipe import Recipe
 from mosaicjax.report.summary import SUMMARY
@@ -33,6 +34,12 @@ class Shown:
     recipe: Recipe
     sample: str
     scores: Mapping[str, str]
+
+
+def loss_unit(*runs: Sequence[Mapping[str, Any]]) -> str:
+    """What the losses in the metrics of some runs are of: of preference pairs they are a pair's."""
+    of_pairs = {any(ACCURACY in row for row in rows) for rows in runs}
+    return "nats" if len(of_pairs) > 1 else "nats a pair" if True in of_pairs else "nats a token"
 
 
 def read(run: str, name: str) -> Shown:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mosaicjax.errors import InputError
 from mosaicjax.models import flops
 from mosaicjax.recipe_file import load
 from mosaicjax.report import chart
-from mosaicjax.report.page import MOST_RUNS, names_of, page
+from mosaicjax.report.page import MOST_RUNS, losses, names_of, page
 from mosaicjax.report.shown import flops_of, read
 
 VOID = {"meta", "link", "line", "rect", "polyline", "circle", "br"}
@@ -113,6 +114,13 @@ def test_curves_are_the_rows_of_the_metrics(tiny_run, over):
     np.testing.assert_allclose(drawn[:, 0], [x_axis(each) for each in x], atol=0.006)
     np.testing.assert_allclose(drawn[:, 1], [y_axis(each) for each in y], atol=0.006)
     assert len(re.findall("<circle", svg)) == len(held)
+
+
+def test_losses_of_pairs_are_called_so(tiny_run):
+    shown = read(str(tiny_run), "tiny")
+    paired = replace(shown, rows=[{**row, "reward_accuracy": 0.5} for row in shown.rows])
+    for runs, unit in (([shown], "nats a token"), ([paired], "nats a pair"), ([shown, paired], "nats")):
+        assert {each.y_name for each in losses(runs)} == {unit}
 
 
 def test_flops_are_counted_phase_by_phase():
