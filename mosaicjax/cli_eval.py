@@ -30,6 +30,16 @@ def add_eval(commands: Any, command_of: Callable[..., Any]) -> None:
     command.add_argument(
         "--out", default="", help="keep results here; what is finished there is not done again"
     )
+    command.add_argument(
+        "--template",
+        default="",
+        metavar="NAME|FILE",
+        help="write prompts as conversations: tokenizer (its own), chatml, dolly, llama3, or a Jinja file",
+    )
+    command.add_argument(
+        "--single-turn", action="store_true", help="with --template: examples and question in one turn"
+    )
+    command.add_argument("--system", default="", metavar="TEXT", help="said before each prompt")
     command.add_argument("--num-fewshot", type=int, metavar="N", help="(default: what each task says)")
     command.add_argument(
         "--limit", type=int, default=0, metavar="N", help="the first N documents of each task"
@@ -65,6 +75,9 @@ def _tasks(options: argparse.Namespace, say: Callable[[str], None]) -> int:
         limit=options.limit,
         seed=options.seed,
         include=tuple(options.include),
+        template=options.template,
+        single_turn=options.single_turn,
+        system=options.system,
     )
     wanted.check()
     say(tasks.table(tasks.evaluate_tasks(_subject(options), wanted, say)))
@@ -74,7 +87,13 @@ def _tasks(options: argparse.Namespace, say: Callable[[str], None]) -> int:
 def _gauntlet(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     from mosaicjax.harness import gauntlet, gauntlet_run
 
-    for name, value in (("--num-fewshot", options.num_fewshot), ("--include", options.include or None)):
+    for name, value in (
+        ("--num-fewshot", options.num_fewshot),
+        ("--include", options.include or None),
+        ("--template", options.template or None),
+        ("--single-turn", options.single_turn or None),
+        ("--system", options.system or None),
+    ):
         if value is not None:
             raise InputError(name, expected="--tasks with it: a Gauntlet says this itself", got=value)
     wanted = gauntlet_run.Wanted(out=options.out, limit=options.limit, seed=options.seed)

@@ -162,6 +162,26 @@ class Chat:
         text, special, _ = self._spans(whole)
         return Marked(text, tuple(special), ((0, len(text)),), place)
 
+    def text(self, messages: Sequence[Message], place: str, *, prompt: bool) -> str:
+        """A conversation as one text, up to where the assistant's next turn begins.
+
+        Without `prompt` the last turn is to be gone on with: the text ends where that message's own does,
+        less blanks where the template takes them from the end of a turn.
+
+        Raises: InputError where the template refuses it, or leaves the last message out.
+        Source: Transformers 5, `render_jinja_template` with `continue_final_message`.
+        """
+        _check_marks(messages, place)
+        if not prompt:
+            messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}{BREAK} "}]
+        text = self.render(messages, place, prompt=prompt).replace(OPEN, "").replace(CLOSE, "")
+        if prompt:
+            return text
+        before, found, behind = text.rpartition(BREAK)
+        if not found:
+            raise InputError(f"{place}: the chat template leaves out the turn that is to be gone on with")
+        return before if behind.startswith(" ") else before.rstrip()
+
     def turn_end(self) -> tuple[str, str]:
         """What ends a turn of the assistant: a special token, or else a text; "" for what it is not.
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mosaicjax.data.chat import Chat
+from mosaicjax.data.conversations import Message
 from mosaicjax.errors import InputError
 from mosaicjax.generate import Sampling
 from mosaicjax.harness.subject import Subject
@@ -33,16 +35,20 @@ class HarnessModel:
     """`lm_eval.api.model.LM` for a subject; `language_model` makes one that lm-eval takes for its own.
 
     Contexts, continuations and prompts become ids by the rules of lm-eval's `hf` model, so that both give
-    the same scores.
+    the same scores. With `chat`, lm-eval may have prompts written as conversations, and what ends a turn of
+    that template ends what is written.
     """
 
     rank = 0
     world_size = 1
     device = None
 
-    def __init__(self, subject: Subject, seed: int, progress: Progress = silent) -> None:
-        self.subject, self.seed, self._progress = subject, seed, progress
+    def __init__(
+        self, subject: Subject, seed: int, progress: Progress = silent, chat: Chat | None = None
+    ) -> None:
+        self.subject, self.seed, self._progress, self._chat = subject, seed, progress, chat
         self.codec = Codec(subject.tokenizer)
+        self._ends = [subject.tokenizer.separator_token, *filter(None, chat.turn_end() if chat else ())]
         self.cache_hook: Any = None
 
     @property
@@ -69,13 +75,21 @@ class HarnessModel:
         """Take lm-eval's cache, which hears each answer."""
         self.cache_hook = cache_hook
 
-    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        """Refused."""
-        raise InputError("chat templates are not applied in evaluation", fix="evaluate without one")
+    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as a prompt; without `add_generation_prompt` its last turn is gone on with.
+
+        Raises:
+            InputError: there is no template, or it refuses the conversation.
+        """
+        if self._chat is None:
+            raise InputError(
+                "no chat template was named", fix="--template tokenizer, or another's name or file"
+            )
+        return self._chat.text(chat_history, "a task's prompt", prompt=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """None is applied."""
-        return ""
+        """The template's text, which lm-eval records."""
+        return self._chat.template if self._chat and chat_template else ""
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Nats of each continuation behind its context, and whether it is what greedy decoding writes."""
@@ -113,7 +127,7 @@ class HarnessModel:
         answers = [""] * len(asked)
         for key, numbers in alike.items():
             sampling, stop = ways[key]
-            stop = [*stop, self.subject.tokenizer.separator_token]
+            stop = [*stop, *self._ends]
             written = write_until(
                 self.subject.generator,
                 [prompts[number] for number in numbers],
@@ -144,7 +158,9 @@ class HarnessModel:
                 self.cache_hook.add_partial(kind, arguments, answer)
 
 
-def language_model(subject: Subject, seed: int = 0, progress: Progress = silent) -> HarnessModel:
+def language_model(
+    subject: Subject, seed: int = 0, progress: Progress = silent, chat: Chat | None = None
+) -> HarnessModel:
     """A model for `lm_eval.simple_evaluate` and `lm_eval.evaluate`.
 
     Raises:
@@ -155,7 +171,7 @@ def language_model(subject: Subject, seed: int = 0, progress: Progress = silent)
     except ImportError as error:
         raise InputError(f"evaluation needs lm-eval: {error}", fix="pip install 'mosaicjax[eval]'") from error
     LM.register(HarnessModel)
-    return HarnessModel(subject, seed, progress)
+    return HarnessModel(subject, seed, progress, chat)
 
 
 def generation(settings: Mapping[str, Any], seed: int) -> tuple[Sampling, list[str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mosaicjax import storage
+from mosaicjax.data.chat import Chat
 from mosaicjax.errors import InputError
 from mosaicjax.harness.finished import Finished, Live
 from mosaicjax.harness.lm import HarnessModel, language_model
@@ -36,7 +37,9 @@ class Wanted:
     """What is to be evaluated: tasks and groups of lm-eval by name, or `.yaml` files of one's own.
 
     `shots` None is what each task says; `limit` the first so many documents of each (0: all). `include` are
-    directories with more tasks. `seed` is of few-shot examples and of sampled completions.
+    directories with more tasks. `seed` is of few-shot examples and of sampled completions. `template` is the
+    name or file of a chat template by which prompts are written ("": as plain text), with few-shot examples
+    as turns of their own unless `single_turn`; `system` is said before each prompt.
     """
 
     names: tuple[str, ...]
@@ -45,6 +48,9 @@ class Wanted:
     limit: int = 0
     seed: int = 1234
     include: tuple[str, ...] = ()
+    template: str = ""
+    single_turn: bool = False
+    system: str = ""
 
     def check(self) -> None:
         """Raises: InputError: with the option, expected and got."""
@@ -58,6 +64,8 @@ class Wanted:
         for folder in self.include:
             if not Path(folder).is_dir():
                 raise InputError("--include", expected="a directory with .yaml files of tasks", got=folder)
+        if self.single_turn and not self.template:
+            raise InputError("--single-turn", expected="--template with it", got="prompts as plain text")
 
 
 def evaluate_tasks(subject: Subject, wanted: Wanted, say: Say) -> dict[str, Any]:
@@ -71,7 +79,8 @@ def evaluate_tasks(subject: Subject, wanted: Wanted, say: Say) -> dict[str, Any]
     """
     wanted.check()
     began = time.time()
-    model = language_model(subject, wanted.seed, Live(say))
+    chat = Chat.of(wanted.template, subject.tokenizer) if wanted.template else None
+    model = language_model(subject, wanted.seed, Live(say), chat)
     loaded = load_tasks(wanted)
     tasks, groups = loaded["tasks"], loaded.get("groups", {})
     finished = Finished(wanted.out)
@@ -171,7 +180,17 @@ def settings_of(subject: Subject, task: Any, wanted: Wanted) -> dict[str, Any]:
         "documents": _digest(task.eval_docs),
         "examples": _digest(task.fewshot_docs() or []) if shots else "",
         "lm_eval": importlib.metadata.version("lm_eval"),
+        **_prompted(subject, wanted),
     }
+
+
+def _prompted(subject: Subject, wanted: Wanted) -> dict[str, Any]:
+    """What of the settings says how prompts are written, where it is not as plain text alone."""
+    found: dict[str, Any] = {"system": wanted.system} if wanted.system else {}
+    if wanted.template:
+        template = Chat.of(wanted.template, subject.tokenizer).template
+        found |= {"template": _digest([template]), "single_turn": wanted.single_turn}
+    return found
 
 
 def _digest(values: Iterable[Any]) -> str:
@@ -206,6 +225,9 @@ def evaluate_one(model: HarnessModel, task: Any, wanted: Wanted) -> dict[str, An
             task_dict={"tasks": {name: task}, "groups": {}},
             limit=wanted.limit or None,
             bootstrap_iters=BOOTSTRAP,
+            system_instruction=wanted.system or None,
+            apply_chat_template=bool(wanted.template),
+            fewshot_as_multiturn=bool(wanted.template) and not wanted.single_turn,
         )
     except jinja2.TemplateError as error:
         raise InputError(
@@ -246,6 +268,9 @@ def _about(subject: Subject, wanted: Wanted, began: float) -> dict[str, Any]:
             "numpy_seed": wanted.seed,
             "fewshot_seed": wanted.seed,
         },
+        "system_instruction": wanted.system or None,
+        "chat_template": Chat.of(wanted.template, subject.tokenizer).template if wanted.template else None,
+        "fewshot_as_multiturn": bool(wanted.template) and not wanted.single_turn,
         "date": began,
         "lm_eval_version": importlib.metadata.version("lm_eval"),
         "model_source": "mosaicjax",

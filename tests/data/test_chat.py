@@ -262,6 +262,17 @@ def test_rows_that_are_refused(of, chat_tokenizer, tmp_path, row, said):
         build([path], tmp_path / "store", tokenizer=chat_tokenizer, chat=of("dolly"), progress=False)
 
 
+def test_a_turn_that_the_template_leaves_out_cannot_be_gone_on_with(chat_tokenizer, tmp_path):
+    (tmp_path / "users.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    chat = Chat.of(str(tmp_path / "users.jinja"), chat_tokenizer)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert chat.text(turns, "a row", prompt=True) == "a"
+    with pytest.raises(InputError, match="a row: the chat template leaves out the turn"):
+        chat.text(turns, "a row", prompt=False)
+
+
 def test_templates_that_are_refused(of, tokenizer, chat_tokenizer, tmp_path):
     with pytest.raises(
         InputError, match=r"needs special tokens that the tokenizer lacks; .*--special <\|im_start"

@@ -82,3 +82,32 @@ def test_ids_and_what_is_learned_are_transformers(folders, conversations, name, 
         assert (bears | ~mask).all()
     whole = Chat.of(name, tokenizer, loss_on=LossOn.ALL).content(conversations[0][0], "a row")
     assert whole.learned == ((0, len(whole.text)),)
+
+
+TRIMS = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ '' if loop.last else ' / ' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", [*sorted(SHIPPED), "trims"])
+@pytest.mark.parametrize(
+    "last", ["The answer", " The answer: ", "Two\n\nlines \n", "<|endoftext|> <|im_end|>"]
+)
+def test_a_turn_to_be_gone_on_with_is_transformers(folders, tmp_path, name, last):
+    """And the prompt for one."""
+    folder = folders.get(name, folders["plain"])
+    template = SHIPPED[name].read_text() if name in SHIPPED else TRIMS
+    (tmp_path / "its.jinja").write_text(template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = Chat.of(str(tmp_path / "its.jinja"), load_tokenizer(folder))
+    turns = [("user", "What is 1 + 1? "), ("assistant", "2"), ("user", " And 2 + 2?"), ("assistant", last)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for some, prompt in ((messages, False), (messages[:3], True), (messages[:1], True)):
+        expected = theirs.apply_chat_template(
+            some,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            continue_final_message=not prompt,
+        )
+        assert chat.text(some, "a row", prompt=prompt) == expected

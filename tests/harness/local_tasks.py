@@ -42,9 +42,9 @@ KINDS = {
 }
 
 
-def write(kind, folder, data):
+def write(kind, folder, data, **more):
     """The task file of a kind, on llm-foundry's files in `data`; its arrays are kept in `folder`."""
-    config = dict(KINDS[kind])
+    config = KINDS[kind] | {name: value for name, value in more.items() if value is not None}
     source = {"data_files": {"test": str(data / config.pop("file"))}, "cache_dir": str(folder / "arrays")}
     path = folder / f"{kind}.yaml"
     config |= {"task": kind, "dataset_path": "json", "dataset_kwargs": source, "test_split": "test"}

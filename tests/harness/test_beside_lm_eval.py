@@ -1,10 +1,13 @@
 """Our model beside lm-eval's own `hf`, to the last example."""
 
+import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from mosaicjax.errors import InputError
 from mosaicjax.harness.lm import language_model
 from mosaicjax.harness.subject import Settings, Subject
 from mosaicjax.harness.tasks import Wanted, evaluate_tasks
@@ -76,6 +79,67 @@ def test_tasks_have_the_same_scores_to_the_last_example(kind, ours, peer, tmp_pa
                 expected = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
                 assert results["results"][kind][name] == expected, name
         assert results["n-shot"] == theirs["n-shot"] and results["versions"] == theirs["versions"]
+
+
+TEMPLATES = {
+    "keeps": "{% for m in messages %}<s>[{{ m.role }}]\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>[assistant]\n{% endif %}",
+    "trims": "{% for m in messages %}{{ m.role | upper }}: {{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+}
+
+
+@pytest.mark.parametrize("kind", ["choice", "last_word", "written"])
+@pytest.mark.parametrize(
+    ("template", "single_turn", "system", "begun"),
+    [("keeps", False, "Be brief.", ""), ("trims", True, "", "It is "), ("keeps", True, "", "Well,")],
+)
+def test_conversations_have_the_same_scores_to_the_last_example(
+    kind, template, single_turn, system, begun, ours, peer, tmp_path, shared_data
+):
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    file = local_tasks.write(
+        kind, tmp_path, shared_data("eval"), gen_prefix=begun or None, fewshot_split="test"
+    )
+    (tmp_path / "its.jinja").write_text(TEMPLATES[template])
+    loaded = TaskManager(include_defaults=False).load([file])
+    loaded["tasks"][kind].set_config("num_fewshot", 2)
+    loaded["tasks"][kind].set_fewshot_seed(7)
+    peer.tokenizer.chat_template = TEMPLATES[template]
+    theirs = evaluate(
+        lm=peer,
+        task_dict=loaded,
+        limit=LIMIT,
+        bootstrap_iters=0,
+        system_instruction=system or None,
+        apply_chat_template=True,
+        fewshot_as_multiturn=not single_turn,
+    )
+    wanted = Wanted(
+        (file,),
+        str(tmp_path / "out"),
+        shots=2,
+        limit=LIMIT,
+        seed=7,
+        template=str(tmp_path / "its.jinja"),
+        single_turn=single_turn,
+        system=system,
+    )
+    results = evaluate_tasks(ours, wanted, lambda line: None)
+    lines = (tmp_path / "out" / f"samples_{kind}.jsonl").read_text().splitlines()
+    assert len(lines) == LIMIT
+    for one, other in zip(map(json.loads, lines), theirs["samples"][kind], strict=True):
+        assert one["arguments"] == json.loads(json.dumps(other["arguments"]))
+        if kind == "written":
+            assert one["resps"] == other["resps"]
+            continue
+        got, expected = (np.array([resp[0] for resp in each["resps"]], float) for each in (one, other))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert results["chat_template"] == TEMPLATES[template]
+    with pytest.raises(InputError, match="done with another template|done with another single_turn"):
+        evaluate_tasks(ours, replace(wanted, template="", single_turn=False), lambda line: None)
 
 
 def test_random_requests_have_the_same_answers(ours, peer_without_cache):
