@@ -4,12 +4,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tests.jobs import xla_flags
+
 # jax reads these when it is first imported: they must stand before any test module does that.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
-    + ["--xla_force_host_platform_device_count=8"]
-)
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 
 # Many tests start processes of their own, whose programs are the same: each is compiled once in a session.
 os.environ.setdefault(

@@ -8,6 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+DEVICES = "--xla_force_host_platform_device_count"
+QUICK = "--xla_backend_optimization_level=0"
+"""Half of the tests' time would be LLVM's optimization; XLA's own passes, fusion among them, stay.
+
+XLA_FLAGS=--xla_backend_optimization_level=3 in the environment takes it back.
+"""
+
 
 def command(script: str, *arguments: object) -> list[str]:
     """The command line of a script beside this file."""
@@ -16,8 +23,19 @@ def command(script: str, *arguments: object) -> list[str]:
 
 def environment(devices: int) -> dict[str, str]:
     """This process's environment with so many CPU devices, and this checkout importable."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    return os.environ | flags | {"PYTHONPATH": str(ROOT)}
+    return os.environ | {
+        "XLA_FLAGS": xla_flags(devices),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS with so many CPU devices, and what else the environment asks for."""
+    given = os.environ.get("XLA_FLAGS", "").removeprefix(QUICK).split()
+    given = [flag for flag in given if not flag.startswith(DEVICES)]
+    # Of a flag that stands twice the last counts.
+    return " ".join([QUICK, *given, f"{DEVICES}={devices}"])
 
 
 def free_address() -> str:

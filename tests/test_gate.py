@@ -69,7 +69,9 @@ PLANTED = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not compiler_there(), reason="libtpu, the TPU compiler, is not installed")
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize(
+    "name", ["a doubled product", pytest.param("a lost donation", marks=pytest.mark.soak)]
+)
 def test_planted_regressions_are_caught(name, tmp_path):
     file, before, after, figure = PLANTED[name]
     for folder in ("mosaicjax", "benchmarks", "recipes"):

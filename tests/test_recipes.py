@@ -338,7 +338,10 @@ def store(tmp_path_factory) -> Path:
 # Their loss is not of tokens.
 OF_PAIRS = {"preference"}
 # Those that another of their family stands for here.
-STOOD_FOR = {"mpt_7b", "pythia_2_8b", "replit_code_3b", "mpt_7b_instruct", "dolly_gptj_6b", "instruct"}
+STOOD_FOR = {
+    *("mpt_125m", "mpt_7b", "mpt_30b", "mpt_7b_instruct", "replit_code_3b", "instruct"),
+    *("pythia_2_8b", "dolly_pythia_2_8b", "dolly_gptj_6b"),
+}
 
 
 def train(name, out, options):

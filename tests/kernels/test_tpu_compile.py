@@ -142,7 +142,11 @@ def compiler():
 
 @pytest.mark.peer
 @pytest.mark.parametrize(
-    ("chip", "head_dim", "length"), list(itertools.product(VMEM_LIMITS, (64, 256), (512, LONG)))
+    ("chip", "head_dim", "length"),
+    [
+        pytest.param(*case, marks=[pytest.mark.soak] * (case[0] in ("v4", "v6e") and case[2] == LONG))
+        for case in itertools.product(VMEM_LIMITS, (64, 256), (512, LONG))
+    ],
 )
 def test_compiles_within_vmem_and_linear_memory(compiler, chip, head_dim, length):
     case = {"queries": length, "keys": length, "head_dim": head_dim, **CORNERS[chip, head_dim, length]}

@@ -157,6 +157,7 @@ WAYS = [LowPrecision(), LowPrecision(backward="all"), LowPrecision("fp8", backwa
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_loss_on_real_text_stays_within_a_percent():
     model = mpt.Config(layers=2, embed=48, heads=2, mlp=96, vocab=256)
     expected = losses(None, 60, model, seq=64)

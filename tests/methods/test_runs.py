@@ -147,6 +147,7 @@ def test_evaluate_tells_the_same_bits_as_the_run(run, capsys):
     assert bits == pytest.approx(loss * tokens / math.log(2), abs=1)
 
 
+@pytest.mark.soak
 def test_two_processes_do_the_same(run, recipe, tmp_path):
     """Saved by both, each its shards, and gone on with by this one."""
     options = ("--steps", 5, "--save.every", 3, "--eval.every", 0, "--log.tensorboard", "False")

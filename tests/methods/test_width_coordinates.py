@@ -79,7 +79,13 @@ def changes(width, base, tied, steps=3):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tied", "widths"), [(True, (128, 256, 512, 1_024)), (False, (128, 512))], ids=["tied", "untied"]
+    ("tied", "widths"),
+    [
+        pytest.param(True, (128, 256, 512, 1_024), marks=pytest.mark.soak),
+        (True, (128, 512)),
+        (False, (128, 512)),
+    ],
+    ids=["tied, to 1,024", "tied", "untied"],
 )
 def test_coordinates_move_alike_at_any_width(tied, widths):
     base = Sizes(embed=128, heads=4, mlp=256)

@@ -380,6 +380,7 @@ RECIPE = "from mosaicjax.methods.width_transfer import Sizes, WidthTransfer\n"
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_stops_and_goes_on_with_it(tiny_store, tmp_path, capsys):
     methods = "(WidthTransfer(base=Sizes(embed=16, heads=1, mlp=16)), ClipGradients(norm=1.0))"
     recipe = tiny.write_recipe(tmp_path / "wide.py", tiny_store, before=RECIPE, methods=methods)

@@ -53,7 +53,7 @@ def assert_logits(values, batches, folder):
         where = forward.context(tokens, positions, mask)
         return forward.logits_from(decoder, weights, decoder.embed(weights, tokens, where), where)
 
-    run = jax.jit(run, compiler_options=peer.QUICK)
+    run = jax.jit(run)
     for seed, lengths, side, start in batches:
         model, family, weights = pair(values, seed, folder)
         tokens, mask = peer.tokens_and_mask(np.random.default_rng(seed), family.vocab, lengths, side)

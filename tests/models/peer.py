@@ -12,10 +12,6 @@ torch = pytest.importorskip("torch", reason="needs the peer library torch")
 transformers = pytest.importorskip("transformers", reason="needs the peer library transformers")
 
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options: most of the time of these tests is compiling."""
-
-
 def random_model(config, seed):
     """A Transformers model in float32 with random numbers in every weight, norms and biases too."""
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -106,7 +102,7 @@ def gradients(model, family, weights, tokens, folder):
         x_BLD = decoder.embed(weights, jnp.asarray(tokens, jnp.int32), where)
         return mean_nll(forward.logits_from(decoder, weights, x_BLD, where), jnp.asarray(tokens))
 
-    mine = jax.jit(jax.grad(ours), compiler_options=QUICK)(jax.tree.map(jnp.asarray, weights))
+    mine = jax.jit(jax.grad(ours))(jax.tree.map(jnp.asarray, weights))
     model.zero_grad()
     model(input_ids=torch.from_numpy(tokens), labels=torch.from_numpy(tokens)).loss.backward()
     with torch.no_grad():

@@ -27,16 +27,19 @@ CONFIG = mpt.Config(
     tied=False,
     init=Kaiming(zero_residual=True),
 )
+TENSOR, EXPLICIT = Mesh(data=1, fsdp=(2, 2), tensor=2), Mesh(data=2, fsdp=(4,), gather="explicit")
 PHASE = Phase(seq=16, batch=8, microbatch=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh",
-    [Mesh(data=1, fsdp=(2, 2), tensor=2), Mesh(data=2, fsdp=(4,), gather="explicit")],
-    ids=["2 x 2 x tensor 2", "explicit"],
+    ("mesh", "packed"),
+    [
+        pytest.param(mesh, packed, marks=[pytest.mark.soak] * (packed != (mesh is TENSOR)))
+        for mesh in (TENSOR, EXPLICIT)
+        for packed in (False, True)
+    ],
 )
-@pytest.mark.parametrize("packed", [False, True])
 def test_steps_are_those_of_one_device(mesh, packed):
     found = []
     for each, devices in ((Mesh(), 1), (mesh, 8)):

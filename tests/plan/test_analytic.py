@@ -141,7 +141,7 @@ recipe = replace(RECIPE, model=replace(MODEL, remat=Remat.{policy}), microbatch=
 
 @pytest.mark.slow
 @pytest.mark.skipif(not compiler_there(), reason="libtpu, the TPU compiler, is not installed")
-@pytest.mark.parametrize("policy", [Remat.NONE, Remat.FULL])
+@pytest.mark.parametrize("policy", [pytest.param(Remat.NONE, marks=pytest.mark.soak), Remat.FULL])
 def test_against_the_compiled_step(policy, tmp_path):
     recipe = replace(RECIPE, model=replace(MODEL, remat=policy), microbatch=16)
     outline = estimate(recipe, V5E, None)

@@ -106,6 +106,7 @@ def test_the_second_time_nothing_is_compiled_and_all_is_the_same(tmp_path):
     assert other["price"]["usd_per_chip_hour"] == 2.5
 
 
+@pytest.mark.soak
 def test_what_does_not_fit_is_said_and_mended(tmp_path):
     recipe = tmp_path / "recipe.py"
     model = "mpt.Config(layers=8, embed=2048, heads=16, mlp=8192, vocab=50368)"
@@ -123,6 +124,7 @@ def test_what_does_not_fit_is_said_and_mended(tmp_path):
     assert (code, again["program"]) == (0, found["program"])
 
 
+@pytest.mark.soak
 def test_topologies_are_ranked_by_what_a_token_costs(tmp_path):
     recipe = written(tmp_path, "mpt, full remat, logits by chunks, two microbatches")
     names = ["v5e:2x2", "v6e:2x2", "v4:2x2x1"]

@@ -183,6 +183,7 @@ def test_a_sweep_trains_as_train_does(tiny_recipe, tmp_path, capfd, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_sweep_that_was_killed_goes_on(tiny_recipe, tmp_path):
     out = tmp_path / "sweep"
     options = ("--seq", 128, "--batch", 16, "--save.every", 3, "--steps", 40)
