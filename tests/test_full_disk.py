@@ -84,7 +84,11 @@ def straight(tiny_recipe, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "size, what, every",
-    [("260k", "checkpoints/3", 3), ("700k", "checkpoints/", 3), ("28k", "metrics.jsonl", 0)],
+    [
+        ("260k", "checkpoints/3", 3),
+        pytest.param("700k", "checkpoints/", 3, marks=pytest.mark.soak),
+        ("28k", "metrics.jsonl", 0),
+    ],
 )
 def test_a_run_goes_on_once_there_is_room(tmp_path, size, what, every, tiny_recipe, straight):
     options = (*STEPS, "--save.every", every)

@@ -192,6 +192,7 @@ def test_what_cannot_be_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_beside_frozen_layers_it_moves_the_others_as_without():
     """A first step: gradients are the same, and each matrix's update is its own."""
     config = mpt.Config(layers=3, embed=32, heads=4, mlp=64, vocab=64)

@@ -132,6 +132,7 @@ def test_what_cannot_be_is_refused(tiny_store, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_what_is_to_come_may_change_and_what_was_may_not(phased, tiny_store, tmp_path, capsys):
     out = tmp_path / "run"
     assert tiny.run("train", phased / "phased.py", "--out", out, "--steps", 6) == 0

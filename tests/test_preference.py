@@ -213,6 +213,7 @@ def test_other_weights_where_it_began_are_refused(finished, recipes, base, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_base_may_train_on_meanwhile(recipes, base, tmp_path):
     """A run compares with the checkpoint that it began from, also once there are later ones."""
     ahead, straight, later = tmp_path / "base", tmp_path / "straight", tmp_path / "later"

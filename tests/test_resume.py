@@ -98,6 +98,7 @@ def test_seven_stops(tiny_recipe, tmp_path, job, steps, to):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_on_an_object_store(tiny_recipe, tmp_path, monkeypatch, capsys):
     url = f"{object_store.new_bucket(monkeypatch)}/runs/a"
     bucket, _, prefix = url.removeprefix("s3://").partition("/")

@@ -143,8 +143,15 @@ def one_device_path():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", ["compiler", "explicit"])
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    ("name", "gather"),
+    [
+        # Each way and each mesh once, but for the soak.
+        pytest.param(name, gather, marks=[pytest.mark.soak] * ((name == "torus") != (gather == "compiler")))
+        for name in MESHES
+        for gather in ("compiler", "explicit")
+    ],
+)
 def test_meshes_agree_with_one_device(name, gather, one_device_path, capfd):
     mesh = replace(MESHES[name], gather=gather)
     path, metrics, _ = stepping.train(rich_step(mesh, 8), RICH.vocab, 20)
@@ -154,7 +161,7 @@ def test_meshes_agree_with_one_device(name, gather, one_device_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", ["compiler", "explicit"])
+@pytest.mark.parametrize("gather", ["compiler", pytest.param("explicit", marks=pytest.mark.soak)])
 def test_accumulation_over_a_mesh_agrees_with_one_device(gather, one_device_path):
     mesh = replace(MESHES["data"], gather=gather)
     path, _, _ = stepping.train(rich_step(mesh, 8, microbatch=4), RICH.vocab, 20)
@@ -162,7 +169,7 @@ def test_accumulation_over_a_mesh_agrees_with_one_device(gather, one_device_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", ["compiler", "explicit"])
+@pytest.mark.parametrize("gather", [pytest.param("compiler", marks=pytest.mark.soak), "explicit"])
 def test_packed_rows_over_a_mesh_agree_with_one_device(gather):
     alone, _, _ = stepping.train(rich_step(Mesh(fsdp=(1,)), 1, packed=True), RICH.vocab, 20, packed=True)
     mesh = replace(MESHES["torus"], gather=gather)

@@ -202,6 +202,7 @@ def test_train_step_holds_our_kernels_on_each_devices_shard():
 
 
 @pytest.mark.peer
+@pytest.mark.soak
 def test_train_step_repeats_the_forward_kernel_only_where_its_result_was_not_kept():
     pytest.importorskip("libtpu", reason=NO_LIBTPU)
     # The backward kernel reads the forward's result and logsumexp: a policy that keeps neither runs it again.

@@ -310,7 +310,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gather"),
     [
-        pytest.param("data", "explicit", marks=SLOW),
+        pytest.param("data", "explicit", marks=pytest.mark.soak),
         pytest.param("data", "compiler", marks=SLOW),
         pytest.param("torus", "compiler", marks=SLOW),
         pytest.param("fsdp", "explicit", marks=SLOW),
@@ -342,6 +342,7 @@ def test_remat_changes_nothing(remat):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_training_over_meshes_is_training_on_one_device(capfd):
     def path(mesh, devices):
         step = Step(stepping.program(SMALL.build(), Phase(8, 16, 8)), stepping.place(mesh, devices), seed=0)

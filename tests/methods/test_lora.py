@@ -157,7 +157,10 @@ def test_a_merged_weight_does_what_both_do(into, out, rank=2, scale=0.7):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("others", [(), (LowPrecision(),)], ids=["plain", "int8"])
+@pytest.mark.parametrize(
+    "others",
+    [pytest.param((), id="plain"), pytest.param((LowPrecision(),), id="int8", marks=pytest.mark.soak)],
+)
 def test_a_decoder_on_a_mesh_as_on_one_device(others):
     """Logits with adapters are those of merged weights, and gradients on 2 x 2 x 2 devices those on one."""
     if others:

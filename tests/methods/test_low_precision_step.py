@@ -119,7 +119,7 @@ def test_eight_devices_have_the_gradient_of_one(name, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("fp8", marks=pytest.mark.soak)])
 def test_remat_microbatches_and_chunks_leave_the_gradient_as_it_is(dtype):
     method = LowPrecision(dtype, only=("stacks/*", HEAD))
     expected, total = gradients(method)

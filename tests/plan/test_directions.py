@@ -8,7 +8,7 @@ from mosaicjax.plan.topology import compiler_there
 from tests.plan.planned import planned
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.skipif(not compiler_there(), reason="libtpu, the TPU compiler, is not installed"),
 ]
 
@@ -59,9 +59,7 @@ def base(tmp_path_factory):
     return folder, figures(found)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.soak] * (n % 4 > 0)) for n, name in enumerate(CHANGES)]
-)
+@pytest.mark.parametrize("name", CHANGES)
 def test_a_change_moves_the_prediction_as_it_moves_the_work(name, base):
     folder, before = base
     options, expected = CHANGES[name]

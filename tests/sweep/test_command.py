@@ -158,6 +158,7 @@ def test_a_process_is_told_to_stop_and_its_end_is_waited_for(tiny_recipe, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_sweep_trains_as_train_does(tiny_recipe, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     out = tmp_path / "sweep"
