@@ -88,7 +88,7 @@ def evaluate_tasks(subject: Subject, wanted: Wanted, say: Say) -> dict[str, Any]
         storage.check_writable(wanted.out)
     for task in tasks.values():
         configure(task, wanted)
-    settings = {name: settings_of(subject, task, wanted) for name, task in tasks.items()}
+    settings = {name: settings_of(model, task, wanted) for name, task in tasks.items()}
     done = {name: finished.read(name, settings[name]) for name in tasks}
     for name, task in tasks.items():
         if done[name] is not None:
@@ -103,7 +103,7 @@ def evaluate_tasks(subject: Subject, wanted: Wanted, say: Say) -> dict[str, Any]
         done[name] = json.loads(json.dumps(results))
         say(f"{name}: {results['n-samples'][name]['effective']:,} documents in {time.time() - started:.1f} s")
     whole = merged([result for result in done.values() if result is not None], groups)
-    whole |= _about(subject, wanted, began)
+    whole |= _about(model, wanted, began)
     if wanted.out:
         storage.write_text(
             storage.join(wanted.out, RESULTS), json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
@@ -167,12 +167,12 @@ def configure(task: Any, wanted: Wanted) -> None:
     task.set_fewshot_seed(seed=wanted.seed)
 
 
-def settings_of(subject: Subject, task: Any, wanted: Wanted) -> dict[str, Any]:
+def settings_of(model: HarnessModel, task: Any, wanted: Wanted) -> dict[str, Any]:
     """All that a task's results depend on."""
     config = {name: value for name, value in task.dump_config().items() if name not in UNTOLD}
     shots = task.get_config("num_fewshot")
     return {
-        **subject.identity,
+        **model.subject.identity,
         "num_fewshot": shots,
         "limit": wanted.limit,
         "seed": wanted.seed,
@@ -180,16 +180,15 @@ def settings_of(subject: Subject, task: Any, wanted: Wanted) -> dict[str, Any]:
         "documents": _digest(task.eval_docs),
         "examples": _digest(task.fewshot_docs() or []) if shots else "",
         "lm_eval": importlib.metadata.version("lm_eval"),
-        **_prompted(subject, wanted),
+        **_prompted(model, wanted),
     }
 
 
-def _prompted(subject: Subject, wanted: Wanted) -> dict[str, Any]:
+def _prompted(model: HarnessModel, wanted: Wanted) -> dict[str, Any]:
     """What of the settings says how prompts are written, where it is not as plain text alone."""
     found: dict[str, Any] = {"system": wanted.system} if wanted.system else {}
     if wanted.template:
-        template = Chat.of(wanted.template, subject.tokenizer).template
-        found |= {"template": _digest([template]), "single_turn": wanted.single_turn}
+        found |= {"template": _digest([model.chat_template(True)]), "single_turn": wanted.single_turn}
     return found
 
 
@@ -254,8 +253,9 @@ def merged(parts: Sequence[Mapping[str, Any]], groups: Mapping[str, Any]) -> dic
     return whole | {"group_subtasks": {name: group.child_names for name, group in groups.items()}}
 
 
-def _about(subject: Subject, wanted: Wanted, began: float) -> dict[str, Any]:
+def _about(model: HarnessModel, wanted: Wanted, began: float) -> dict[str, Any]:
     """What lm-eval says of a call beside its results."""
+    subject = model.subject
     return {
         "config": {
             "model": "mosaicjax",
@@ -269,7 +269,7 @@ def _about(subject: Subject, wanted: Wanted, began: float) -> dict[str, Any]:
             "fewshot_seed": wanted.seed,
         },
         "system_instruction": wanted.system or None,
-        "chat_template": Chat.of(wanted.template, subject.tokenizer).template if wanted.template else None,
+        "chat_template": model.chat_template(True) or None,
         "fewshot_as_multiturn": bool(wanted.template) and not wanted.single_turn,
         "date": began,
         "lm_eval_version": importlib.metadata.version("lm_eval"),

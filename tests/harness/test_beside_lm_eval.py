@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mosaicjax.data.chat import Chat
 from mosaicjax.errors import InputError
 from mosaicjax.harness.lm import language_model
 from mosaicjax.harness.subject import Settings, Subject
@@ -140,6 +141,29 @@ def test_conversations_have_the_same_scores_to_the_last_example(
     assert results["chat_template"] == TEMPLATES[template]
     with pytest.raises(InputError, match="done with another template|done with another single_turn"):
         evaluate_tasks(ours, replace(wanted, template="", single_turn=False), lambda line: None)
+
+
+def test_what_ends_a_turn_ends_an_answer(ours, tmp_path):
+    """As if the request had named it; where lm-eval's model would need it as the tokenizer's own end."""
+    from lm_eval.api.instance import Instance
+
+    template = tmp_path / "its.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{{ ' the' if m.role == 'assistant' }}{% endfor %}"
+    )
+    chatting = language_model(ours, chat=Chat.of(str(template), ours.tokenizer))
+
+    def written(model, *stops):
+        return model.generate_until(
+            [
+                Instance("generate_until", {}, (start, {"until": list(stops), "max_gen_toks": 40}), 0)
+                for start in ("Once upon a time", "Lily and Tom went to", "One day, a cat")
+            ]
+        )
+
+    plain = language_model(ours)
+    assert written(chatting, "zz") == written(plain, "zz", " the")
+    assert written(chatting, "zz") != written(plain, "zz")
 
 
 def test_random_requests_have_the_same_answers(ours, peer_without_cache):

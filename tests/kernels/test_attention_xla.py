@@ -25,10 +25,9 @@ def test_gradients_equal_the_reference(seed, problem):
     agree("xla", seed, *problem)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**16), problem=problems(st.sampled_from([1, 7, 8, 9, 30, 65])))
-@pytest.mark.soak
 def test_gradients_equal_the_reference_often(seed, problem):
     agree("xla", seed, *problem)
 

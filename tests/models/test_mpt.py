@@ -189,10 +189,9 @@ def test_knobs_in_combination(config, seed):
     assert error < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @settings(max_examples=60)
 @given(config=configs(), seed=st.integers(0, 2**16))
-@pytest.mark.soak
 def test_many_combinations(config, seed):
     error, _ = relative_error(config, seed)
     assert error < TOLERANCE
